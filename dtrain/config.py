@@ -1,0 +1,282 @@
+"""Config: gathers every part's settings, from YAML and --section.key=value, and checks them.
+
+Settings of the folders and of the torch-free files live beside the code that they set; those of
+files that import torch live here, so that `--help` and a mistyped key answer at once.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dtrain.data.settings import BatchSettings, DataSettings, VocabularySettings
+from dtrain.errors import UserError
+from dtrain.metrics import MetricsSettings, WandbSettings
+from dtrain.model.settings import ModelSettings
+from dtrain.schedule import ScheduleSettings
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSettings(_Section):
+    """What is run, where it is kept, and for how long."""
+
+    name: str | None = Field(None, description="the config file's stem if null")
+    dir: str = Field("runs/{name}", description="the run directory")
+    seed: int = Field(1, ge=0, description="of the plan, the initial weights and all dropout")
+    max_steps: int = Field(100_000, ge=0, description="total steps, restarts included; 0: no limit")
+    max_epochs: int = Field(0, ge=0, description="total epochs; 0: no limit")
+    init_from: str | None = Field(None, description="another run, whose weights to start from")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Literal["auto"] | int = Field(
+        "auto", description="CPU threads a rank; auto: cores / ranks, recorded at the first start"
+    )
+    deterministic: bool = Field(
+        True, description="same bits from the same run, at some cost on GPU"
+    )
+    prepare: Literal["auto"] | bool = Field(
+        "auto", description="make missing tokens and vocabulary; auto: on one node only"
+    )
+
+
+class OptimizerSettings(_Section):
+    """Adam; the defaults are the paper's (5.3)."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = Field(1.0, gt=0, description="Noam's factor, the other schedules' peak")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    epsilon: float = Field(1.0e-9, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(0.0, ge=0, description="gradients are clipped to it; 0: never")
+
+
+class LossSettings(_Section):
+    """The training objective."""
+
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share spread over the vocabulary")
+
+
+class DistributedSettings(_Section):
+    """How ranks work together."""
+
+    timeout: int = Field(600, ge=1, description="seconds after which a silent rank ends the run")
+
+
+class KernelsSettings(_Section):
+    """Fast paths."""
+
+    compile: Literal["auto"] | bool = Field("auto", description="torch.compile; auto: on CUDA")
+
+
+class CheckpointSettings(_Section):
+    """When checkpoints are written and which are kept; 0 turns a period off."""
+
+    every_steps: int = Field(1000, ge=0)
+    every_minutes: float = Field(0, ge=0)
+    keep_last: int = Field(5, ge=1)
+    keep_best: int = Field(1, ge=0, description="best by validation.metric, kept besides")
+
+
+class ValidationSettings(_Section):
+    """When and how the validation set is translated and judged."""
+
+    every_steps: int = Field(1000, ge=0, description="0: never")
+    beam_size: int = Field(4, ge=1, description="1: greedy")
+    length_penalty: float = Field(0.6, ge=0, description="alpha of Wu et al. 2016, equation 14")
+    metric: Literal["bleu", "chrf", "nll"] = Field("bleu", description="what `best` means")
+    patience: int = Field(0, ge=0, description="stop after so many validations without a best")
+
+
+class Config(_Section):
+    """All settings of a run."""
+
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    vocabulary: VocabularySettings = VocabularySettings()
+    model: ModelSettings = ModelSettings()
+    batch: BatchSettings = BatchSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    loss: LossSettings = LossSettings()
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where native, else fp16 on CUDA, fp32 on CPU"
+    )
+    distributed: DistributedSettings = DistributedSettings()
+    kernels: KernelsSettings = KernelsSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    validation: ValidationSettings = ValidationSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    wandb: WandbSettings = WandbSettings()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> "Config":
+        if self.batch.tokens_per_micro_batch < self.data.max_length:
+            raise ValueError(
+                f"batch.tokens_per_micro_batch {self.batch.tokens_per_micro_batch} cannot hold a "
+                f"sentence of data.max_length {self.data.max_length} tokens"
+            )
+        if not self.run.max_steps and not self.run.max_epochs:
+            raise ValueError("run.max_steps and run.max_epochs are both 0: the run would never end")
+        if self.schedule.name in ("linear", "cosine") and not self.run.max_steps:
+            raise ValueError(f"schedule.name {self.schedule.name} needs run.max_steps")
+        if self.validation.every_steps and self.data.validation is None:
+            raise ValueError(
+                "validation.every_steps is set but data.validation is not; set it to 0"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory, its {name} filled in."""
+        return Path(self.run.dir.replace("{name}", self.run.name or "run"))
+
+    @property
+    def vocabulary_of(self) -> Path | None:
+        """The run whose vocabulary is used: the one whose weights this run starts from."""
+        return None if self.run.init_from is None else Path(self.run.init_from)
+
+    def to_yaml(self) -> str:
+        """Give the settings in the form that `load_config` reads."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+FREE_TO_CHANGE = [
+    "run.name",
+    "run.dir",
+    "run.max_steps",
+    "run.max_epochs",
+    "run.init_from",
+    "run.device",
+    "run.threads",
+    "run.prepare",
+    "data.train",
+    "data.validation",
+    "data.test",
+    "data.dir",
+    "distributed",
+    "kernels",
+    "checkpoint",
+    "validation",
+    "metrics",
+    "wandb",
+]
+"""What an existing run may change when it goes on. Training data is compared by its content."""
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read settings from a YAML file, then from `--section.key=value` arguments.
+
+    Raises:
+        UserError: naming file, key, value and the nearest known key.
+    """
+    values = _read_yaml(path) if path else {}
+    origin = str(path) if path else "no --config"
+    given = dict(_parse_override(text) for text in overrides)
+    for key, value in given.items():
+        _put(values, key, value)
+    run = values.setdefault("run", {})
+    if path and isinstance(run, dict) and run.get("name") is None:
+        run["name"] = path.stem
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(dict(item), given, origin) for item in error.errors()]
+        raise UserError("\n        ".join(lines)) from None
+
+
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """Say which settings differ that a run may not change on its way: `key: old -> new`."""
+    schedule_ends = old.schedule.name in ("linear", "cosine")
+    free = [key for key in FREE_TO_CHANGE if not (schedule_ends and key == "run.max_steps")]
+    before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
+    return [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in before
+        if before[key] != after[key]
+        and not any(key == prefix or key.startswith(prefix + ".") for prefix in free)
+    ]
+
+
+def describe_settings() -> str:
+    """List every setting with its default and meaning, for `--help`."""
+    lines = ["settings, in the config file or as --section.key=value (defaults in brackets):"]
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            lines += ["", f"  {name}: {(section.__doc__ or '').splitlines()[0]}"]
+            for key, item in section.model_fields.items():
+                default = item.get_default(call_default_factory=True)
+                lines.append(f"    --{name}.{key}  [{default}]  {item.description or ''}".rstrip())
+        else:
+            lines += ["", f"    --{name}  [{field.default}]  {field.description}"]
+    return "\n".join(lines)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no config file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the config file {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} holds no settings: it must be a mapping such as `run: {{seed: 1}}`"
+        )
+    return values
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.removeprefix("--").partition("=")
+    if not text.startswith("--") or not equals:
+        raise UserError(f"cannot understand {text!r}; settings are given as --section.key=value")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{key}: cannot read the value {value!r}: {error}") from None
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--{key}: {section} has no keys of its own")
+        values = inner
+    values[last] = value
+
+
+def _explain(item: dict[str, Any], given: dict[str, Any], origin: str) -> str:
+    """Say in one line which key is wrong, where it stands, and what would be right."""
+    key = ".".join(part for part in map(str, item["loc"]) if part not in ("int", "bool"))
+    where = "command line" if any(key.startswith(name) for name in given) else origin
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, list(_known_keys()), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"unknown setting {key} = {item['input']!r} ({where}){hint}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{f'{key}: ' if key else ''}{message} ({where})"
+    return f"{key} = {item['input']!r} ({where}): {message}"
+
+
+def _known_keys() -> Iterator[str]:
+    for name, field in Config.model_fields.items():
+        yield name
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from (f"{name}.{key}" for key in section.model_fields)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,112 @@
+"""Fill micro-batches of fixed size with whole sentences, both sides at once."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+RESERVED_SENTENCES = 8  # room, in average sentences, left for closing the last gap exactly
+
+
+def pack(source: Ids, target: Ids, source_slots: int, target_slots: int) -> list[Ids]:
+    """Pack sentence pairs into micro-batches whose slots are nearly all filled, on both sides.
+
+    Sentences of like length go together. Short sentences have, as a rule, another ratio of source
+    to target than long ones, so each micro-batch takes a run from the long end of the remaining
+    sentences and as many from the short end as bring the two sides into balance; the last gap is
+    closed with the sentences that fit it best. Only the last micro-batch may stay part-empty by
+    need. Deterministic; which of several equal sentences is taken follows the given order.
+
+    Args:
+        source: source tokens of each pair [n]; none above `source_slots`.
+        target: target tokens of each pair [n]; none above `target_slots`.
+        source_slots: slots of a micro-batch's source side.
+        target_slots: slots of its target side.
+
+    Returns:
+        Indices of the pairs in each micro-batch; every pair stands in exactly one.
+    """
+    pool = _Pool(source, target, source_slots, target_slots)
+    remaining = np.argsort(-(source * target_slots + target * source_slots), kind="stable")
+    micro_batches = []
+    while len(remaining):
+        if source[remaining].sum() <= source_slots and target[remaining].sum() <= target_slots:
+            micro_batches.append(remaining)
+            break
+        taken = _balanced_ends(source, target, remaining, source_slots, target_slots)
+        pool.take(taken)
+        gap = source_slots - int(source[taken].sum()), target_slots - int(target[taken].sum())
+        micro_batches.append(np.concatenate([taken, pool.fill(*gap)]))
+        remaining = remaining[pool.free[remaining]]
+    return micro_batches
+
+
+def _balanced_ends(
+    source: Ids, target: Ids, remaining: Ids, source_slots: int, target_slots: int
+) -> Ids:
+    """Take from the long end of `remaining`, and from the short end to balance, most of a batch."""
+    count = min(len(remaining), target_slots)
+    long, short = remaining[:count], remaining[::-1][:count]
+    long_source, long_target = _running_sum(source[long]), _running_sum(target[long])
+    short_source, short_target = _running_sum(source[short]), _running_sum(target[short])
+    ratio = source_slots / target_slots
+    budget = target_slots - RESERVED_SENTENCES * long_target[-1] / count
+
+    from_long = np.arange(max(2, int(np.searchsorted(long_target, budget, "right"))))
+    from_short = np.searchsorted(short_target, budget - long_target[from_long], "right") - 1
+    from_short = np.clip(from_short, 0, len(remaining) - from_long)
+    used_source = long_source[from_long] + short_source[from_short]
+    used_target = long_target[from_long] + short_target[from_short]
+    imbalance = np.abs(used_source - used_target * ratio)
+    fits = (used_source <= source_slots) & (used_target <= target_slots)
+    imbalance[~fits | (from_long + from_short == 0)] = np.inf
+    if not np.isfinite(imbalance).any():  # long sentences in few slots
+        return remaining[:1]
+    # Of all balanced splits the one with most from the long end mixes lengths least.
+    best = np.flatnonzero(imbalance <= max(2.0, imbalance.min()))[-1]
+    return np.concatenate([long[: from_long[best]], short[: from_short[best]]])
+
+
+def _running_sum(lengths: Ids) -> Ids:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+
+class _Pool:
+    """The sentences still free, grouped by their pair of lengths for quick search."""
+
+    def __init__(self, source: Ids, target: Ids, source_slots: int, target_slots: int) -> None:
+        pairs, self.group = np.unique(source * (target_slots + 1) + target, return_inverse=True)
+        self.source, self.target = np.divmod(pairs, target_slots + 1)
+        self.count = np.bincount(self.group, minlength=len(pairs))
+        self.by_group = np.argsort(self.group, kind="stable")
+        self.next = np.cumsum(self.count) - self.count
+        self.free = np.ones(len(source), np.bool_)
+        self.ratio = source_slots / target_slots
+
+    def take(self, ids: Ids) -> None:
+        self.free[ids] = False
+        np.subtract.at(self.count, self.group[ids], 1)
+
+    def fill(self, source_gap: int, target_gap: int) -> Ids:
+        """Take sentences one by one that leave the gap smallest and best balanced."""
+        taken = list[int]()
+        while True:
+            source_left, target_left = source_gap - self.source, target_gap - self.target
+            fitting = np.flatnonzero((self.count > 0) & (source_left >= 0) & (target_left >= 0))
+            if not len(fitting):
+                return np.array(taken, np.int64)
+            source_left, target_left = source_left[fitting], target_left[fitting]
+            left = np.minimum(source_left, target_left)
+            # A rest of under six slots on either side is one that hardly a sentence can fill.
+            score = np.abs(source_left - target_left * self.ratio) + np.where(left < 6, left, 0)
+            best = fitting[np.argmin(score + 0.05 * (source_left + target_left))]
+            taken.append(self._take_one(int(best)))
+            source_gap -= int(self.source[best])
+            target_gap -= int(self.target[best])
+
+    def _take_one(self, group: int) -> int:
+        while not self.free[self.by_group[self.next[group]]]:
+            self.next[group] += 1
+        sentence = int(self.by_group[self.next[group]])
+        self.take(np.array([sentence]))
+        return sentence

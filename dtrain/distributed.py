@@ -1,0 +1,217 @@
+"""World: ranks, devices and every collective. One process is a world of one."""
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import HashStore
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.errors import UserError
+
+HEARTBEAT_SECONDS = 5.0
+HEARTBEATS_MISSED = 12  # after a minute without a sign of rank 0 the others give up
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, and this one's place among them.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: number of ranks.
+        local_size: ranks on this machine.
+        device: where this rank computes.
+        store: the ranks' shared key-value store, for waits longer than any time-out.
+    """
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    store: c10d.Store
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines that take part."""
+        return self.size // self.local_size
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Let backward average gradients over the ranks; a world of one needs no wrapper."""
+        if self.size == 1:
+            return module
+        return DistributedDataParallel(
+            module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
+
+    def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Hold back the reduction; both forward and backward must happen inside."""
+        if isinstance(module, DistributedDataParallel):
+            return module.no_sync()
+        return nullcontext()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place, on whatever device it is."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, step: int, *wishes: bool) -> tuple[bool, ...]:
+        """Tell for each wish whether any rank has it, at the same step on all.
+
+        Raises:
+            RuntimeError: if the ranks are not at the same step.
+        """
+        if self.size == 1:
+            return wishes
+        word = torch.tensor([step, -step, *wishes])
+        dist.all_reduce(word, op=dist.ReduceOp.MAX)
+        newest, oldest, *any_wish = word.tolist()
+        if newest != -oldest:
+            raise RuntimeError(f"ranks lost step: one is at {newest}, another at {-oldest}")
+        return tuple(map(bool, any_wish))
+
+    def gather(self, value: object) -> list[Any]:
+        """Collect one picklable value of each rank, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, task: Callable[[], Any]) -> Any:
+        """Let rank 0 run `task` and give all ranks its value (a picklable one).
+
+        The others wait as long as rank 0 shows signs of life, however long that takes. A UserError
+        of rank 0 is raised on every rank.
+        """
+        if self.size == 1:
+            return task()
+        shared: list[tuple[Any, str | None]] = [(None, None)]
+        if self.is_main:
+            with _heart(self.store):
+                try:
+                    shared = [(task(), None)]
+                except UserError as error:
+                    shared = [(None, str(error))]
+            self.store.add(f"done/{self._task_number()}", 1)
+        else:
+            self._wait_for(f"done/{self._task_number()}")
+        dist.broadcast_object_list(shared, src=0)
+        value, mistake = shared[0]
+        if mistake is not None:
+            raise UserError(mistake)
+        return value
+
+    def _task_number(self) -> int:
+        """Count this rank's calls of `from_main`, so that each waits for its own."""
+        return int(self.store.add(f"calls/{self.rank}", 1))
+
+    def _wait_for(self, key: str) -> None:
+        last_beat, missed = -1, 0
+        while missed < HEARTBEATS_MISSED:
+            try:
+                self.store.wait([key], timedelta(seconds=HEARTBEAT_SECONDS))
+                return
+            except dist.DistStoreError:
+                beat = self.store.add("heartbeat", 0)
+                missed = 0 if beat != last_beat else missed + 1
+                last_beat = beat
+        raise RuntimeError(
+            f"rank {self.rank}: rank 0 gave no sign of life for "
+            f"{HEARTBEATS_MISSED * HEARTBEAT_SECONDS:.0f} s while preparing"
+        )
+
+
+@contextmanager
+def connect(device: str, timeout: int) -> Iterator[World]:
+    """Join the ranks that torchrun or SLURM started, or be a world of one.
+
+    Args:
+        device: auto, cpu or cuda.
+        timeout: seconds after which a collective that a rank does not join fails.
+
+    Raises:
+        UserError: if the device is not there or the launcher's variables do not fit together.
+    """
+    chosen = _choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
+    if "RANK" in os.environ:
+        store, rank, size = next(rendezvous("env://", timeout=limit))
+    else:
+        store, rank, size = HashStore(), 0, 1
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    dist.init_process_group(
+        backend,
+        store=c10d.PrefixStore("groups", store),
+        rank=rank,
+        world_size=size,
+        timeout=limit,
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    yield World(rank, size, local_size, chosen, c10d.PrefixStore("dtrain", store))
+    # Only on success: after an error a peer may be stuck in a collective, and cleaning up joins it.
+    dist.destroy_process_group()
+
+
+def cores() -> int:
+    """Count the CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def host_name() -> str:
+    """Name this machine, for messages."""
+    return socket.gethostname()
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("run.device is cuda, but torch finds no GPU here; use --run.device=cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            f"start that many processes (--nproc_per_node={torch.cuda.device_count()})"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def _heart(store: c10d.Store) -> Iterator[None]:
+    """Beat in the store from a thread for as long as the context lasts."""
+    stopped = threading.Event()
+
+    def beat() -> None:
+        while not stopped.wait(HEARTBEAT_SECONDS / 2):
+            store.add("heartbeat", 1)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()

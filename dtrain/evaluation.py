@@ -1,0 +1,107 @@
+"""How good a model is: loss on held-out tokens, and translations judged by sacreBLEU.
+
+Validation during training and `dtrain evaluate` are this one path, shared out over all ranks.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from dtrain.data.loader import Store, collate
+from dtrain.data.packing import pack
+from dtrain.data.plan import BatchPlan
+from dtrain.data.vocabulary import Vocabulary
+from dtrain.distributed import World
+from dtrain.loss import Objective
+from dtrain.model.transformer import Transformer
+from dtrain.search import search
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.base import Score
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """BLEU and chrF of some translations, from 0 to 100, with sacreBLEU's signatures."""
+
+    bleu: float
+    bleu_signature: str
+    chrf: float
+    chrf_signature: str
+
+
+def negative_log_likelihood(
+    model: Transformer, store: Store, plan: BatchPlan, world: World
+) -> float:
+    """Give the mean loss of a store's target tokens, in nats, without smoothing and dropout.
+
+    Args:
+        model: as trained, on every rank.
+        store: held-out tokens.
+        plan: whose micro-batch sizes are used.
+        world: ranks that share the work; all get the result.
+    """
+    everything = np.arange(len(store))
+    micro_batches = pack(
+        store.source_lengths(everything),
+        store.target_lengths(everything),
+        plan.source_slots,
+        plan.target_slots,
+    )
+    objective = Objective(model, label_smoothing=0.0)
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    with _evaluating(model):
+        for ids in micro_batches[world.rank :: world.size]:
+            batch = collate(plan, store, ids).to(world.device)
+            sums[0] += objective(batch)[1]
+            sums[1] += batch.num_tokens
+    nll, num_tokens = world.sum(sums).tolist()
+    return float(nll / num_tokens)
+
+
+def translate_lines(
+    model: Transformer,
+    vocabulary: Vocabulary,
+    lines: Sequence[str],
+    world: World,
+    beam_size: int,
+    length_penalty: float,
+) -> list[str]:
+    """Translate lines, in their order; the ranks share them, and all get all translations."""
+    by_length = sorted(range(len(lines)), key=lambda i: (len(lines[i]), i))
+    mine = by_length[world.rank :: world.size]
+    sources = vocabulary.encode_source([lines[i] for i in mine])
+    with _evaluating(model):
+        found = search(model, sources, beam_size, length_penalty)
+    texts = vocabulary.decode_target([hypothesis.ids for hypothesis in found])
+    everything = dict[int, str]()
+    for share in world.gather(list(zip(mine, texts, strict=True))):
+        everything.update(share)
+    return [everything[i] for i in range(len(lines))]
+
+
+def judge(translations: Sequence[str], references: Sequence[str]) -> Judgement:
+    """Compare translations with one reference each, as sacreBLEU does by default."""
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    bleu, chrf = BLEU(), CHRF()
+    bleu_score: Score = bleu.corpus_score(translations, [references])
+    chrf_score: Score = chrf.corpus_score(translations, [references])
+    return Judgement(
+        bleu_score.score, str(bleu.get_signature()), chrf_score.score, str(chrf.get_signature())
+    )
+
+
+@contextmanager
+def _evaluating(model: Transformer) -> Iterator[None]:
+    """Turn dropout and gradients off for a while."""
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        yield
+    model.train(was_training)

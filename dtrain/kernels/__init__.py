@@ -1,0 +1,1 @@
+"""Fast paths, each beside the plain-PyTorch twin that it is tested against."""

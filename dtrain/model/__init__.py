@@ -1,0 +1,1 @@
+"""The Transformer of the paper and nothing else; nothing here knows data files or ranks."""

@@ -1,0 +1,48 @@
+"""PositionalEncoding: sine and cosine waves that tell a token's place in its sentence."""
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.batch import Layout
+
+
+def sinusoids(length: int, hidden_dim: int) -> Tensor:
+    """Compute the encodings of positions 0 to length - 1 (Vaswani et al. 2017, 3.5).
+
+    Even columns are sin(position / 10000^(column / hidden_dim)), each followed by the cosine of the
+    same angle.
+
+    Returns:
+        float64 [length, hidden].
+    """
+    positions = torch.arange(length, dtype=torch.float64)
+    exponents = torch.arange(0, hidden_dim, 2, dtype=torch.float64) / hidden_dim
+    angles = positions[:, None] / 10000**exponents
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+class PositionalEncoding(nn.Module):
+    """Adds its position's sinusoids to each token, wherever the layout puts the token.
+
+    The table grows when a longer sentence comes: it is computed, not learned, and not saved.
+    """
+
+    table: Tensor
+
+    def __init__(self, hidden_dim: int, length: int = 256) -> None:
+        super().__init__()
+        self.hidden_dim = hidden_dim
+        table = sinusoids(length, hidden_dim).to(torch.get_default_dtype())
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Add to tokens [slots, hidden] or [N, S, hidden] their sentences' positions."""
+        return x + self.up_to(layout.mask.shape[1])[layout.positions]
+
+    def up_to(self, length: int) -> Tensor:
+        """Give the encodings of at least the positions 0 to length - 1: [positions, hidden]."""
+        if length > len(self.table):
+            with torch.inference_mode(False):  # grown in evaluation, the table serves training too
+                longer = sinusoids(max(length, 2 * len(self.table)), self.hidden_dim)
+                self.table = longer.to(self.table)
+        return self.table

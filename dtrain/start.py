@@ -1,0 +1,108 @@
+"""What rank 0 gets ready before training: tokens, run directory, and where to go on from."""
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain import checkpoint
+from dtrain.config import Config
+from dtrain.data.preparation import is_prepared, prepared_directory
+from dtrain.data.store import PreparedData
+from dtrain.distributed import World, cores
+from dtrain.errors import UserError
+from dtrain.preemption import StopSignal
+from dtrain.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What every rank needs to begin.
+
+    Attributes:
+        config: with threads as recorded.
+        data_dir: the prepared directory.
+        resume_from: the checkpoint to go on from, if there is one.
+        notices: what the user should know, damaged checkpoints for instance.
+    """
+
+    config: Config
+    data_dir: Path
+    resume_from: Path | None
+    notices: list[str]
+
+
+def get_ready(config: Config, world: World, stop: StopSignal) -> Ready:
+    """Prepare what is missing and claim the run directory; on rank 0, for all ranks.
+
+    Raises:
+        UserError: for any mistake in data or settings.
+    """
+    data_dir = prepared_directory(config.data, config.vocabulary, config.vocabulary_of)
+    if not is_prepared(config.data, config.vocabulary, data_dir, config.vocabulary_of):
+        _prepare(config, world, stop, data_dir)
+    run = RunDirectory(config.run_dir)
+    config = _with_threads(config, run, world)
+    run.claim(config)
+    PreparedData.open(data_dir).vocabulary.save(run.path)
+    resume_from, notices = checkpoint.newest(run.checkpoints)
+    return Ready(config, data_dir, resume_from, notices)
+
+
+def check_continuity(saved: dict[str, Any], now: dict[str, str], run: Path) -> None:
+    """Refuse to go on with other data than the run began with.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    changed = [name for name, value in now.items() if saved["fingerprints"].get(name) != value]
+    if changed:
+        raise UserError(
+            f"{run} was trained with another {' and '.join(changed)} than the settings now give; "
+            f"restore the text files, or start another run with --run.name=NAME"
+        )
+
+
+def _prepare(config: Config, world: World, stop: StopSignal, data_dir: Path) -> None:
+    """Run `dtrain prepare` as a process of its own, so that this one stays responsive."""
+    if config.run.prepare is False or (config.run.prepare == "auto" and world.num_nodes > 1):
+        raise UserError(
+            f"nothing is prepared in {data_dir}. Run this first, once, with your config file:\n"
+            f"        dtrain prepare --config {config.run.name}.yaml\n"
+            "        or let rank 0 do it while the others wait: --run.prepare=true"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / f"{config.run.name}.yaml"
+        settings.write_text(config.to_yaml(), encoding="utf-8")
+        command = [sys.executable, "-m", "dtrain", "prepare", "--config", str(settings)]
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        complaint = _finish(child, stop)
+        if stop.received is not None:
+            raise UserError(f"stopped by {stop.reason} while preparing; nothing was trained yet")
+        if child.returncode:
+            raise UserError(
+                complaint.strip().removeprefix("dtrain: ") or "preparing the data failed"
+            )
+        sys.stderr.write(complaint)
+
+
+def _finish(child: "subprocess.Popen[str]", stop: StopSignal) -> str:
+    """Wait for a process, or end it when this one is told to stop; gives what it complained of."""
+    while True:
+        try:
+            return child.communicate(timeout=0.2)[1]
+        except subprocess.TimeoutExpired:
+            if stop.received is not None:
+                child.terminate()
+
+
+def _with_threads(config: Config, run: RunDirectory, world: World) -> Config:
+    """Fill in `run.threads: auto`; a begun run keeps its number, which decides the last bits."""
+    if config.run.threads != "auto":
+        return config
+    threads = max(1, cores() // world.local_size)
+    if run.config_file.exists() and run.config.run.threads != "auto":
+        threads = run.config.run.threads
+    return config.model_copy(update={"run": config.run.model_copy(update={"threads": threads})})

@@ -1,0 +1,158 @@
+import numpy as np
+import pytest
+import torch
+
+from dtrain.batch import Layout
+from dtrain.kernels.attention import attend, attend_to_self, to_cells, to_slots
+from dtrain.model.attention import MultiHeadAttention
+from torch_twins import DTYPES, TOLERANCE, shaken, tokens_of, twin_attention, unpacked
+
+QUERY_LENGTHS, KEY_LENGTHS = np.array([3, 7, 1, 4]), np.array([6, 2, 5, 1])
+QUERY_SLOTS, KEY_SLOTS = 18, 16  # three and two of them slack
+
+
+def attend_sentence_by_sentence(q, k, v, query_lengths, key_lengths, causal):
+    """The plain twin: one softmax for each sentence, no padding, no packing."""
+    rows, query_start, key_start = [], 0, 0
+    for query_length, key_length in zip(query_lengths, key_lengths, strict=True):
+        one_q = q[query_start : query_start + query_length]
+        one_k = k[key_start : key_start + key_length]
+        one_v = v[key_start : key_start + key_length]
+        scores = torch.einsum("qhd,khd->hqk", one_q, one_k) / q.shape[-1] ** 0.5
+        if causal:
+            later = torch.ones(query_length, key_length, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        rows.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), one_v))
+        query_start, key_start = query_start + query_length, key_start + key_length
+    return torch.cat(rows)
+
+
+def random_heads(slots, dtype=torch.float64):
+    return torch.randn(slots, 2, 4, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attend_equals_a_loop_over_sentences(dtype):
+    torch.manual_seed(0)
+    query_layout = Layout.packed(QUERY_LENGTHS, QUERY_SLOTS)
+    key_layout = Layout.packed(KEY_LENGTHS, KEY_SLOTS)
+    inputs = q, k, v = [random_heads(n, dtype) for n in (QUERY_SLOTS, KEY_SLOTS, KEY_SLOTS)]
+    ours = unpacked(attend(q, k, v, query_layout, key_layout), query_layout)
+    twin = attend_sentence_by_sentence(q, k, v, QUERY_LENGTHS, KEY_LENGTHS, causal=False)
+    torch.testing.assert_close(ours, twin, atol=TOLERANCE[dtype], rtol=0)
+    weights = torch.randn_like(twin)
+    for a, b in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((twin * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attend_to_self_equals_attend_and_the_loop(causal):
+    torch.manual_seed(0)
+    layout = Layout.packed(QUERY_LENGTHS, QUERY_SLOTS)
+    qkv = torch.randn(QUERY_SLOTS, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    q, k, v = qkv.unbind(1)
+    ours = attend_to_self(qkv, layout, causal)
+    torch.testing.assert_close(ours, attend(q, k, v, layout, layout, causal))
+    twin = attend_sentence_by_sentence(q, k, v, QUERY_LENGTHS, QUERY_LENGTHS, causal)
+    torch.testing.assert_close(unpacked(ours, layout), twin)
+    weights = torch.randn_like(twin)
+    (gradient,) = torch.autograd.grad((unpacked(ours, layout) * weights).sum(), qkv)
+    (expected,) = torch.autograd.grad((twin * weights).sum(), qkv)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_padded_cells_attend_like_packed_slots():
+    torch.manual_seed(0)
+    layout = Layout.packed(QUERY_LENGTHS, QUERY_SLOTS)
+    rectangle = Layout.padded(torch.from_numpy(QUERY_LENGTHS))
+    qkv = torch.randn(QUERY_SLOTS, 3, 2, 4)
+    for causal in (False, True):
+        slots = attend_to_self(qkv, layout, causal)
+        cells = attend_to_self(to_cells(qkv, layout), rectangle, causal)
+        torch.testing.assert_close(unpacked(slots, layout), tokens_of(cells, rectangle))
+
+
+def test_slack_is_finite_and_has_no_gradient_whatever_arrives_there():
+    layout = Layout.packed(np.array([3, 2, 0]), 9)
+    qkv = torch.randn(9, 3, 2, 4, requires_grad=True)
+    for causal in (False, True):
+        out = attend_to_self(qkv, layout, causal)
+        assert out.isfinite().all()
+        (gradient,) = torch.autograd.grad(out, qkv, torch.full_like(out, 1e6))
+        assert gradient.isfinite().all()
+        assert gradient[5:].abs().max() == 0
+
+
+def test_gradients_of_the_gathers_are_exact():
+    layout = Layout.packed(np.array([3, 1, 2]), 8)
+    slots = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
+    cells = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: to_cells(x, layout)[layout.mask], slots)
+    assert torch.autograd.gradcheck(lambda x: to_slots(x, layout)[layout.slack_mask], cells)
+    torch.testing.assert_close(to_slots(to_cells(slots, layout), layout)[:6], slots[:6])
+
+
+def test_sentences_without_tokens_disturb_nobody():
+    """A packed batch has a fixed number of sentences; those left over are empty."""
+    filled, with_empty = (Layout.packed(np.array(lengths), 8) for lengths in ([3, 4], [3, 4, 0, 0]))
+    q, k, v = (torch.randn(8, 2, 4) for _ in range(3))
+    for causal in (False, True):
+        torch.testing.assert_close(
+            attend(q, k, v, filled, filled, causal)[:7],
+            attend(q, k, v, with_empty, with_empty, causal)[:7],
+        )
+
+
+def test_dropped_attention_weights_change_the_result_only_in_training():
+    layout = Layout.packed(QUERY_LENGTHS, QUERY_SLOTS)
+    attention = MultiHeadAttention(8, 2, 4, dropout=0.5)
+    x = torch.randn(QUERY_SLOTS, 8)
+    assert not torch.allclose(attention(x, layout)[:15], attention(x, layout)[:15])
+    attention.eval()
+    assert torch.equal(attention(x, layout)[:15], attention(x, layout)[:15])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_self_attention_equals_torch(dtype, causal):
+    torch.manual_seed(0)
+    ours = shaken(MultiHeadAttention(16, 2, 8).to(dtype))
+    layout = Layout.padded(torch.from_numpy(QUERY_LENGTHS))
+    x = torch.randn(4, 7, 16, dtype=dtype)
+    later = torch.ones(7, 7, dtype=torch.bool).triu(1) if causal else None
+    twin, _ = twin_attention(ours)(x, x, x, key_padding_mask=~layout.mask, attn_mask=later)
+    torch.testing.assert_close(
+        tokens_of(ours(x, layout, causal=causal), layout),
+        tokens_of(twin, layout),
+        atol=TOLERANCE[dtype],
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_to_memory_equals_torch(dtype):
+    torch.manual_seed(0)
+    ours = shaken(MultiHeadAttention(16, 2, 8).to(dtype))
+    layout = Layout.padded(torch.from_numpy(QUERY_LENGTHS))
+    memory_layout = Layout.padded(torch.from_numpy(KEY_LENGTHS))
+    x, memory = torch.randn(4, 7, 16, dtype=dtype), torch.randn(4, 6, 16, dtype=dtype)
+    twin, _ = twin_attention(ours)(x, memory, memory, key_padding_mask=~memory_layout.mask)
+    torch.testing.assert_close(
+        tokens_of(ours(x, layout, memory, memory_layout), layout),
+        tokens_of(twin, layout),
+        atol=TOLERANCE[dtype],
+        rtol=0,
+    )
+
+
+def test_the_fused_projection_and_its_start():
+    attention = MultiHeadAttention(12, 3, 5)
+    assert attention.qkv_proj.weight.shape == (3 * 3 * 5, 12)
+    assert attention.o_proj.weight.shape == (12, 3 * 5)
+    bound = (6 / (12 + 3 * 3 * 5)) ** 0.5
+    assert 0.9 * bound < attention.qkv_proj.weight.abs().max().item() <= bound
+    assert attention.qkv_proj.bias.abs().max() == 0

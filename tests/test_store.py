@@ -1,0 +1,294 @@
+import json
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from dtrain.data import store
+from dtrain.data.corpus import read_lines
+from dtrain.data.preparation import prepare, prepared_directory
+from dtrain.data.settings import DataSettings, VocabularySettings
+from dtrain.data.store import PreparedData
+from dtrain.errors import UserError
+
+VOCABULARY = VocabularySettings(size=100, character_coverage=1.0)
+
+
+def made_up_lines(seed: int, num_lines: int) -> list[str]:
+    random = Random(seed)
+    words = [
+        "".join(random.choices("abdeghiklmnorstuwäü", k=random.randint(1, 6))) for _ in "x" * 99
+    ]
+    return [" ".join(random.choices(words, k=random.randint(4, 7))) for _ in range(num_lines)]
+
+
+def silence(line: str) -> None:
+    """Take a line of progress, and say nothing."""
+
+
+def write_corpus(directory, name, source, target):
+    paths = {"source": directory / f"{name}.en", "target": directory / f"{name}.de"}
+    for path, lines in zip(paths.values(), (source, target), strict=True):
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return {side: str(path) for side, path in paths.items()}
+
+
+def settings(directory, **changes) -> DataSettings:
+    """Two training corpora, 200 and 100 pairs; the eighth is too long, the 205th blank."""
+    directory.mkdir(exist_ok=True)
+    source, target = made_up_lines(1, 300), made_up_lines(2, 300)
+    source[7] = " ".join(source[:60])
+    target[7] = " ".join(target[:60])
+    source[204] = ""
+    judged = made_up_lines(3, 10), made_up_lines(4, 10)
+    judged[0][4] = ""
+    return DataSettings(
+        **{
+            "train": [
+                write_corpus(directory, "a", source[:200], target[:200]),
+                write_corpus(directory, "b", source[200:], target[200:]) | {"weight": 2},
+            ],
+            "validation": write_corpus(directory, "validation", *judged),
+            "dir": str(directory / "prepared" / "{fingerprint}"),
+            "max_length": 80,
+        }
+        | changes
+    )
+
+
+def prepared(data: DataSettings, vocabulary=VOCABULARY, report=silence) -> PreparedData:
+    directory = prepared_directory(data, vocabulary)
+    prepare(data, vocabulary, directory, report)
+    return PreparedData.open(directory)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> DataSettings:
+    return settings(tmp_path_factory.mktemp("data") / "text")
+
+
+@pytest.fixture(scope="module")
+def ready(data) -> PreparedData:
+    return prepared(data)
+
+
+def sentences(side) -> list[list[int]]:
+    tokens, lengths = side
+    return [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_holds_the_ids_of_every_pair_in_order(data, shared):
+    chosen = VocabularySettings(size=90, character_coverage=1.0, shared=shared)
+    ready = prepared(data, chosen)
+    sides = [
+        [line for corpus in data.train for line in read_lines(Path(getattr(corpus, side)))]
+        for side in ("source", "target")
+    ]
+    kept = [pair for i, pair in enumerate(zip(*sides, strict=True)) if i not in (7, 204)]
+    source, target = ready.train.gather(np.arange(len(ready.train)))
+    assert sentences(source) == ready.vocabulary.encode_source([pair[0] for pair in kept])
+    assert sentences(target) == ready.vocabulary.encode_target([pair[1] for pair in kept])
+
+
+def test_gathers_any_sentences_in_the_order_asked(ready):
+    everything = [sentences(side) for side in ready.train.gather(np.arange(len(ready.train)))]
+    ids = np.array([297, 0, 5, 5, 131])
+    for side, whole in zip(ready.train.gather(ids), everything, strict=True):
+        assert sentences(side) == [whole[i] for i in ids]
+    lengths = ready.train.source_lengths(ids), ready.train.target_lengths(ids)
+    for found, whole in zip(lengths, everything, strict=True):
+        assert found.dtype == np.int64
+        assert found.tolist() == [len(whole[i]) for i in ids]
+
+
+def test_gathering_nothing_gives_nothing(ready):
+    for tokens, lengths in ready.train.gather(np.empty(0, np.int64)):
+        assert len(tokens) == len(lengths) == 0
+
+
+def test_the_manifest_counts_what_was_kept_and_dropped(ready):
+    manifest = ready.manifest
+    assert manifest.corpus_sizes == [199, 99]
+    first, second = manifest.splits["train"].corpora
+    assert first.dropped["too_long"].first_lines == [8]
+    assert second.dropped["blank"].first_lines == [5]
+    source, target = ready.train.gather(np.arange(298))
+    assert manifest.splits["train"].source_tokens == len(source[0])
+    assert manifest.length_ratio == len(source[0]) / len(target[0])
+    assert manifest.source_vocabulary_size == ready.vocabulary.source_size == 100
+
+
+def test_text_keeps_every_line_and_tokens_only_the_usable(ready):
+    source, target = ready.text("validation")
+    assert source == [line if i != 4 else "" for i, line in enumerate(made_up_lines(3, 10))]
+    assert target == made_up_lines(4, 10)
+    assert len(ready.validation) == 9
+    assert ready.test is None
+    with pytest.raises(UserError, match="no test text"):
+        ready.text("test")
+
+
+def test_text_is_cut_at_line_feeds_only(tmp_path):
+    data = settings(tmp_path / "text")
+    odd = write_corpus(tmp_path, "odd", ["a\u0085b\u2028c\rd"], ["x\x1cy"])
+    ready = prepared(data.model_copy(update={"test": data.validation.model_validate(odd)}))
+    assert ready.text("test") == (["a\u0085b\u2028c\rd"], ["x\x1cy"])
+
+
+def test_blank_after_normalisation_is_blank(tmp_path):
+    data = settings(tmp_path / "text")
+    odd = write_corpus(tmp_path, "odd", ["\u200b", "das"], ["x", "y"])
+    ready = prepared(data.model_copy(update={"test": data.validation.model_validate(odd)}))
+    assert len(ready.test) == 1
+    assert ready.manifest.splits["test"].corpora[0].dropped["blank"].first_lines == [1]
+
+
+def test_a_split_without_tokens_can_be_opened(tmp_path):
+    data = settings(tmp_path / "text")
+    blank = write_corpus(tmp_path, "blank", [""], [""])
+    ready = prepared(data.model_copy(update={"test": data.validation.model_validate(blank)}))
+    assert len(ready.test) == 0
+    assert ready.text("test") == ([""], [""])
+
+
+def test_large_vocabularies_take_four_bytes_a_token():
+    assert store.token_dtype(2**16) == np.uint16
+    assert store.token_dtype(2**16 + 1) == np.uint32
+
+
+def test_the_place_depends_on_content_and_settings_and_on_no_path_or_weight(data, tmp_path):
+    def name(changed, vocabulary=VOCABULARY):
+        return prepared_directory(changed, vocabulary).name
+
+    here = name(data)
+    elsewhere = settings(tmp_path / "elsewhere")
+    assert name(elsewhere) == here
+    heavier = [corpus.model_copy(update={"weight": 5}) for corpus in data.train]
+    assert name(data.model_copy(update={"train": heavier})) == here
+    assert name(data.model_copy(update={"max_length": 81})) != here
+    assert name(data.model_copy(update={"train": data.train[::-1]})) != here
+    assert name(data.model_copy(update={"target_language": "nl"})) != here
+    assert name(data, VOCABULARY.model_copy(update={"size": 99})) != here
+
+
+def test_prepared_twice_it_is_the_same(ready, tmp_path):
+    again = prepared(settings(tmp_path / "again"))
+    assert again.directory != ready.directory
+    assert again.manifest.files == ready.manifest.files
+    assert again.manifest.fingerprint == ready.manifest.fingerprint
+
+
+def test_other_content_has_another_fingerprint(ready, tmp_path):
+    shorter = prepared(settings(tmp_path / "shorter", max_length=20))
+    assert shorter.manifest.fingerprint != ready.manifest.fingerprint
+
+
+def test_what_is_prepared_is_not_prepared_again(data, ready):
+    before = (ready.directory / "manifest.json").stat().st_mtime_ns
+    prepare(data, VOCABULARY, ready.directory, report=pytest.fail)
+    assert (ready.directory / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_quicker_process_keeps_its_result(tmp_path, monkeypatch):
+    data = settings(tmp_path / "text")
+    directory = prepared_directory(data, VOCABULARY)
+    write_prepared = preparation.write_prepared
+
+    def slow(*arguments):
+        monkeypatch.setattr(preparation, "write_prepared", write_prepared)
+        prepare(data, VOCABULARY, directory, silence)
+        (directory / "mark").touch()
+        write_prepared(*arguments)
+
+    monkeypatch.setattr(preparation, "write_prepared", slow)
+    prepare(data, VOCABULARY, directory, silence)
+    assert (directory / "mark").exists()
+    assert list(directory.parent.iterdir()) == [directory]
+
+
+def test_a_preparation_that_fails_leaves_nothing(tmp_path):
+    data = settings(tmp_path / "text")
+    (tmp_path / "text" / "b.de").write_bytes(b"\xff\n")
+    directory = prepared_directory(data, VOCABULARY)
+    with pytest.raises(UserError, match=r"b\.de, line 1: invalid UTF-8"):
+        prepare(data, VOCABULARY, directory, silence)
+    assert list(directory.parent.iterdir()) == []
+
+
+def test_other_settings_do_not_overwrite_a_named_directory(tmp_path):
+    data = settings(tmp_path / "text", dir=str(tmp_path / "mine"))
+    prepared(data)
+    other = data.model_copy(update={"max_length": 70})
+    with pytest.raises(UserError, match="mine was prepared from other texts or settings"):
+        prepared(other)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match="full holds other files"):
+        prepared(data.model_copy(update={"dir": str(tmp_path / "full")}))
+
+
+def test_progress_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "SECONDS_BETWEEN_REPORTS", 0.0)
+    told = []
+    prepared(settings(tmp_path / "text"), report=told.append)
+    assert "prepare: learning 100 pieces from 299 pairs" in told
+    assert "prepare: train 299/299 pairs" in told
+
+
+def test_mistakes_in_the_settings_are_named(tmp_path):
+    data = settings(tmp_path / "text")
+    with pytest.raises(UserError, match=r"data\.train is empty"):
+        prepared_directory(data.model_copy(update={"train": []}), VOCABULARY)
+    (tmp_path / "text" / "b.en").unlink()
+    with pytest.raises(UserError, match=r"data\.train\[1\]\.source: .*b\.en does not exist"):
+        prepared_directory(data, VOCABULARY)
+
+
+def test_nothing_left_to_learn_from_is_a_mistake(tmp_path):
+    data = settings(tmp_path / "text")
+    blank = [write_corpus(tmp_path, "blank", ["", "x"], ["", ""])]
+    with pytest.raises(UserError, match=r"data\.train: nothing is left .*2 blank"):
+        prepared(DataSettings(train=blank, dir=data.dir))
+    with pytest.raises(UserError, match=r"data\.train: nothing is left .*too_long"):
+        prepared(data.model_copy(update={"max_length": 2}))
+
+
+@pytest.fixture
+def fresh(tmp_path) -> PreparedData:
+    return prepared(settings(tmp_path / "text"))
+
+
+def test_a_file_of_the_wrong_size_is_named(fresh):
+    tokens = fresh.directory / "train" / "target.tokens"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"train/target\.tokens is damaged"):
+        PreparedData.open(fresh.directory)
+    tokens.unlink()
+    with pytest.raises(UserError, match=r"train/target\.tokens is damaged"):
+        PreparedData.open(fresh.directory)
+
+
+def test_a_changed_byte_is_found(fresh):
+    fresh.verify()
+    offsets = fresh.directory / "validation" / "source.offsets"
+    content = bytearray(offsets.read_bytes())
+    content[20] ^= 1
+    offsets.write_bytes(content)
+    with pytest.raises(UserError, match=r"validation/source\.offsets has changed"):
+        PreparedData.open(fresh.directory).verify()
+
+
+def test_a_missing_old_or_damaged_manifest_is_refused(fresh, tmp_path):
+    with pytest.raises(UserError, match="holds no prepared data; run `dtrain prepare`"):
+        PreparedData.open(tmp_path / "nowhere")
+    path = fresh.directory / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"format_version": 0}))
+    with pytest.raises(UserError, match="format version 0, not 1"):
+        PreparedData.open(fresh.directory)
+    for damaged in ("{", "[]", "{}", json.dumps(content | {"files": None})):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+            PreparedData.open(fresh.directory)
