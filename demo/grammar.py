@@ -64,7 +64,7 @@ def sentence(text: str, mark: str = ".") -> str:
     return text[0].upper() + text[1:] + mark
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Nominal:
     """Anything that can be a subject or an object."""
 
@@ -97,7 +97,7 @@ class Nominal:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pronoun(Nominal):
     """A personal pronoun."""
 
@@ -133,7 +133,7 @@ THEM = Pronoun(("they", "them"), THIRD_PERSON["p"], Person.THIRD_PLURAL)
 IT = Pronoun(("it", "it"), THIRD_PERSON["n"], Person.THIRD)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Name(Nominal):
     """A person's name."""
 
@@ -149,7 +149,7 @@ class Name(Nominal):
         return self.name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NounPhrase(Nominal):
     """Determiner, adjectives, noun, and perhaps a relative clause."""
 
@@ -204,7 +204,7 @@ class NounPhrase(Nominal):
         return replace(self, relative=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Both(Nominal):
     """Two nominals joined by "and"."""
 
@@ -225,7 +225,7 @@ class Both(Nominal):
         return f"{self.first.german(case)} und {self.second.german(case)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RelativePronoun(Nominal):
     """Who, whom, that, which: gender and number from the noun, case from its own clause."""
 
@@ -254,7 +254,7 @@ class RelativePronoun(Nominal):
         return DEFINITE_ARTICLE[gender][case]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Interrogative(Nominal):
     """Who or what."""
 
@@ -301,7 +301,7 @@ class Phrase:
     def german(self) -> str:
         """Im alten Haus: preposition and article melt where they can."""
         text = f"{self.preposition.german} {self.nominal.german(self.preposition.case)}"
-        if isinstance(self.nominal, NounPhrase) and self.nominal.determiner == THE:
+        if isinstance(self.nominal, NounPhrase) and self.nominal.determiner is THE:
             head, article, rest = text.split(" ", 2)
             head = CONTRACTIONS.get(f"{head} {article}", f"{head} {article}")
             return f"{head} {rest}"

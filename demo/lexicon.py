@@ -173,17 +173,22 @@ PLACES = read_nouns(
     castle    | das Schloss   | Schlösser
     station   | der Bahnhof   | Bahnhöfe
     market    | der Markt     | Märkte
-    bridge    | die Brücke    | Brücken
-    mountain  | der Berg      | Berge
     lake      | der See       | Seen
     river     | der Fluss     | Flüsse
-    tree      | der Baum      | Bäume
-    door      | die Tür       | Türen
-    window    | das Fenster   | Fenster
-    wall      | die Wand      | Wände
     """,
 )
-NOUNS = PEOPLE | ANIMALS | READING | FOOD | DRINKS | THINGS | VEHICLES | PLACES
+LANDMARKS = read_nouns(
+    "landmark",
+    """
+    bridge    | die Brücke   | Brücken
+    mountain  | der Berg     | Berge
+    tree      | der Baum     | Bäume
+    door      | die Tür      | Türen
+    window    | das Fenster  | Fenster
+    wall      | die Wand     | Wände
+    """,
+)
+NOUNS = PEOPLE | ANIMALS | READING | FOOD | DRINKS | THINGS | VEHICLES | PLACES | LANDMARKS
 NAMES = (("Anna", "f"), ("Lena", "f"), ("Paul", "m"), ("Felix", "m"))
 
 
@@ -268,6 +273,13 @@ FITTING = {
     "thing": adjectives("old new small big beautiful expensive cheap heavy broken") + COLOURS,
     "vehicle": adjectives("old new small big expensive cheap broken") + COLOURS,
     "place": adjectives("old small big beautiful dark quiet"),
+    "landmark": adjectives("old small big beautiful"),
+}
+UNFITTING = {
+    ADJECTIVES["old"]: nouns("child boy girl student"),
+    ADJECTIVES["young"]: nouns("grandmother grandfather"),
+    ADJECTIVES["expensive"]: nouns("flower potato"),
+    ADJECTIVES["broken"]: nouns("coat picture bag"),
 }
 # What they can be for a while; of things, what they always are.
 STATES = FITTING | {

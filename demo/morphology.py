@@ -60,7 +60,7 @@ HABEN = ("habe", "hast", "hat", "haben", "haben")
 SEIN = ("bin", "bist", "ist", "sind", "sind")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Noun:
     """A noun with the forms that its dictionary entry gives."""
 
@@ -82,7 +82,7 @@ class Noun:
         return self.german_plural + "n" if needs_n else self.german_plural
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adjective:
     """An adjective; `stem` carries the endings (teuer, teur-), comparatives where they are used."""
 
@@ -103,7 +103,7 @@ class Declension(Enum):
     NONE = "no endings, or no word at all; adjective strong"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Determiner:
     """An article or its like. `number` restricts the noun: singular, plural or any."""
 
@@ -146,7 +146,7 @@ BARE = Determiner("", "", "", Declension.NONE, "plural", definite=False)
 NO = Determiner("no", "no", "kein", Declension.EIN, definite=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Verb:
     """A verb with the principal parts of both dictionaries.
 
@@ -199,7 +199,7 @@ class Verb:
         return self.third if person is Person.THIRD else self.infinitive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Modal:
     """What turns a verb into an infinitive: can, want to, will, like to.
 
@@ -221,7 +221,7 @@ class Modal:
         return not self.english_third
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adverb:
     """An adverb of time, or an interrogative one."""
 
@@ -231,7 +231,7 @@ class Adverb:
     negatable: bool = True  # whether a negation beside it reads well in both languages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Preposition:
     """A preposition in one of its meanings: in (where, dative), into (whither, accusative)."""
 

@@ -119,7 +119,7 @@ class LiveConsole:
         """Take the values into the live line; validation values get a line that stays."""
         self.progress(step, values)
         if parts := _validation_parts(values):
-            self._print("  ".join([_step(step, self._max_steps), "validation", *parts]), "bold")
+            self._print("  ".join([_step(step, self._max_steps), "validation", *parts]))
 
     def progress(self, step: int, values: Values) -> None:
         """Note what the next redrawing shows; values not given keep standing."""
@@ -139,25 +139,26 @@ class LiveConsole:
         """Take the live line away; what was printed above it stays."""
         self._live.stop()
 
-    def _print(self, text: str, style: str | None = None) -> None:
+    def _print(self, text: str) -> None:
         with suppress(OSError):
-            self._console.print(text, style=style, soft_wrap=True)
+            self._console.print(text, soft_wrap=True)
 
     def _line(self) -> "Text":
         from rich.text import Text
 
-        line = Text(no_wrap=True, overflow="ellipsis")
-        line.append(_step(self._step, self._max_steps), "bold")
-        if self._max_steps:
-            done = round(_BAR_WIDTH * min(1.0, self._step / self._max_steps))
-            line.append("  " + "━" * done, "green").append(
-                "━" * (_BAR_WIDTH - done), "bright_black"
-            )
         left = self._pace.seconds_left(self._max_steps)
-        parts = _training_parts(self._values, left) or ["starting"]
-        if epoch := self._values.get("epoch"):
-            parts.append(f"epoch {epoch:.0f}")
-        return line.append("  " + "  ".join(parts))
+        parts = _training_parts(self._values, left, shown=_LIVE) or ["starting"]
+        text = "  ".join(parts)
+        line = Text(no_wrap=True, overflow="ellipsis")
+        line.append(_step(self._step, self._max_steps) + "  ", "bold")
+        room = self._console.width - len(line.plain) - len(text) - 2
+        if self._max_steps and room >= 8:
+            width = min(_BAR_WIDTH, room)
+            done = round(width * min(1.0, self._step / self._max_steps))
+            line.append("━" * done, "green").append("━" * (width - done), "bright_black").append(
+                "  "
+            )
+        return line.append(text)
 
 
 class Pace:
@@ -184,17 +185,30 @@ def _step(step: int, max_steps: int) -> str:
     return f"step {step}/{max_steps}" if max_steps else f"step {step}"
 
 
-def _training_parts(values: Values, seconds_left: float | None) -> list[str]:
-    shown = {
-        "train/loss": "loss {:.3f}",
-        "train/perplexity": "ppl {:,.4g}",
-        "train/learning_rate": "lr {:.1e}",
-        "train/tokens_per_second": "{:,.0f} tokens/s",
+_PLAIN = ("train/loss", "train/perplexity", "train/learning_rate", "train/tokens_per_second")
+_LIVE = ("train/loss", "train/learning_rate", "train/tokens_per_second", "epoch")
+
+
+def _training_parts(
+    values: Values, seconds_left: float | None, shown: Sequence[str] = _PLAIN
+) -> list[str]:
+    forms = {
+        "train/loss": lambda value: f"loss {value:.3f}",
+        "train/perplexity": lambda value: f"ppl {_four_digits(value)}",
+        "train/learning_rate": lambda value: f"lr {value:.1e}",
+        "train/tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+        "epoch": lambda value: f"epoch {value:.3g}",
     }
-    parts = [form.format(values[name]) for name, form in shown.items() if name in values]
+    parts = [forms[name](values[name]) for name in shown if name in values]
     if parts and seconds_left is not None:
         parts.append(f"left {duration(seconds_left)}")
     return parts
+
+
+def _four_digits(value: float) -> str:
+    if value < 10:
+        return f"{value:.2f}"
+    return f"{value:,.1f}" if value < 10_000 else f"{value:.1e}"
 
 
 def _validation_parts(values: Values) -> list[str]:

@@ -115,7 +115,7 @@ class _BeamSearch:
             first; of equals the one of the better rival.
         """
         logits = self.model.logits(self.model.decoder.step(self.tokens[:, :, -1], self.state))
-        log_p = logits.float().log_softmax(-1)
+        log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         log_p[..., [PAD_ID, BOS_ID]] = -torch.inf
         at_limit = self.limit == self.tokens.shape[2] - 1
         if at_limit.any():

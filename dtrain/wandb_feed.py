@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Outcome = Literal["completed", "preempted", "failed"]
 """How a training ended, for W&B; a preempted one will go on."""
 
-_SECONDS_TO_INIT = 5.0
+_SECONDS_TO_INIT = 60.0
 _SECONDS_TO_FINISH = {"completed": 75.0, "preempted": 10.0, "failed": 10.0}
 
 
@@ -92,9 +92,9 @@ class WandbFeed:
         """Let W&B take what it has not got yet, for a bounded time."""
         seconds = _SECONDS_TO_FINISH[outcome]
         self._tell(outcome)
-        if not self._ended(2.0):
+        if not self._ended(5.0):
             self._say(f"waiting for W&B, {seconds:.0f} s at most")
-        if not self._ended(seconds - 2.0):
+        if not self._ended(seconds - 5.0):
             self._process.kill()
             self._process.wait()
             self._say(f"W&B did not finish within {seconds:.0f} s; metrics.jsonl has everything")

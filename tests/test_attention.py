@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from torch_twins import DTYPES, TOLERANCE, shaken, tokens_of, twin_attention, unpacked
 
 from dtrain.batch import Layout
 from dtrain.kernels.attention import attend, attend_to_self, to_cells, to_slots
 from dtrain.model.attention import MultiHeadAttention
-from torch_twins import DTYPES, TOLERANCE, shaken, tokens_of, twin_attention, unpacked
 
 QUERY_LENGTHS, KEY_LENGTHS = np.array([3, 7, 1, 4]), np.array([6, 2, 5, 1])
 QUERY_SLOTS, KEY_SLOTS = 18, 16  # three and two of them slack

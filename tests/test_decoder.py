@@ -1,9 +1,9 @@
 import pytest
 import torch
+from torch_twins import DTYPES, TOLERANCE, shaken, tiny_settings, tokens_of, twin_decoder_layer
 
 from dtrain.batch import Layout
 from dtrain.model.decoder import DecoderBlock, TransformerDecoder
-from torch_twins import DTYPES, TOLERANCE, shaken, tiny_settings, tokens_of, twin_decoder_layer
 
 LAYOUT = Layout.padded(torch.tensor([3, 7, 1]))
 MEMORY_LAYOUT = Layout.padded(torch.tensor([2, 4, 5]))

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from torch_twins import DTYPES, TOLERANCE, shaken, tiny_settings, tokens_of, twin_encoder_layer
 
 from dtrain.batch import Layout
 from dtrain.model.embedding import TokenEmbedding
 from dtrain.model.encoder import EncoderBlock, TransformerEncoder
-from torch_twins import DTYPES, TOLERANCE, shaken, tiny_settings, tokens_of, twin_encoder_layer
 
 LAYOUT = Layout.padded(torch.tensor([3, 7, 1]))
 

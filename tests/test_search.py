@@ -2,11 +2,11 @@ import itertools
 
 import pytest
 import torch
+from torch_twins import random_ids, shaken, tiny_settings
 
 from dtrain.batch import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Batch, pad_rows
 from dtrain.model.transformer import Transformer
 from dtrain.search import search
-from torch_twins import random_ids, shaken, tiny_settings
 
 
 def tiny_model(seed, vocabulary_size=6, **changes) -> Transformer:

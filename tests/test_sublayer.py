@@ -1,9 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from torch_twins import shaken, tiny_settings
 
 from dtrain.model.sublayer import FeedForward, Residual
-from torch_twins import shaken, tiny_settings
 
 
 def test_feed_forward():

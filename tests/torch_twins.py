@@ -55,8 +55,9 @@ def tokens_of(cells: torch.Tensor, layout: Layout) -> torch.Tensor:
 def twin_attention(ours: MultiHeadAttention) -> nn.MultiheadAttention:
     hidden_dim = ours.o_proj.out_features
     twin = nn.MultiheadAttention(hidden_dim, ours.num_heads, batch_first=True)
+    twin.to(ours.o_proj.weight.dtype)
     copy_attention(ours, twin)
-    return twin.to(ours.o_proj.weight.dtype).eval()
+    return twin.eval()
 
 
 def copy_attention(ours: MultiHeadAttention, twin: nn.MultiheadAttention) -> None:
