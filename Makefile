@@ -76,13 +76,15 @@ clean: ## remove .venv and all caches; data, prepared tokens and runs stay
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { \
-		echo "dtrain needs Python 3.11, 3.12 or 3.13; there is $$(python3 --version 2>&1 || true)." >&2; \
-		echo "Install one of them, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@$(PYTHON) -c '$(SUPPORTED)' || { \
-		echo "dtrain needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; exit 1; }
+		echo "dtrain needs Python 3.11, 3.12 or 3.13, and finds none of them. Install one," >&2; \
+		echo "or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo "dtrain needs Python 3.11, 3.12 or 3.13, which $(PYTHON) is not:" >&2; \
+		$(PYTHON) --version; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
-		echo "$(PYTHON) lacks the venv module. On Debian and Ubuntu: sudo apt install python3-venv" >&2; \
-		echo "(or python3.12-venv and the like, after the version); elsewhere the package that" >&2; \
-		echo "brings ensurepip. Then the same make command again." >&2; exit 1; }
+		package=$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+		echo "$(PYTHON) lacks its venv module. On Debian and Ubuntu: sudo apt install $$package" >&2; \
+		echo "(elsewhere the package that brings ensurepip), then the same make command again." >&2; \
+		exit 1; }
 	@echo "Making .venv with $$($(PYTHON) --version), $(PYTHON)."
 	@$(PYTHON) -m venv .venv

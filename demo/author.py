@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lexicon
 from grammar import (
@@ -43,6 +43,7 @@ from morphology import (
     Person,
     Preposition,
     Tense,
+    Verb,
 )
 
 MIN_WORDS, MAX_WORDS = 4, 16
@@ -50,21 +51,47 @@ MIN_WORDS, MAX_WORDS = 4, 16
 Pair = tuple[str, str]
 T = TypeVar("T")
 
-NAMES = tuple(Name(name, gender) for name, gender in lexicon.NAMES)
 PRONOUNS = (ME, YOU, HIM, HER, US, THEM)
+NAMES = tuple(Name(name, gender) for name, gender in lexicon.NAMES)
+NOUNS = tuple(lexicon.NOUNS.values())
 PEOPLE = tuple(lexicon.PEOPLE.values())
-NOUN_OF = {
-    form: noun for noun in lexicon.NOUNS.values() for form in (noun.english, noun.english_plural)
-}
-OF_PEOPLE = tuple(frame for frame in lexicon.FRAMES if frame.subjects[0] in PEOPLE)
-ACTIONS = lexicon.PLACING + lexicon.TRANSITIVE + lexicon.DATIVE[:6] + lexicon.DITRANSITIVE
-ERRANDS = tuple(
+# Which word a form belongs to, to see when one comes twice.
+SINGULARS = {form: noun.english for noun in NOUNS for form in (noun.english, noun.english_plural)}
+SINGULARS |= {name.name.lower(): name.name for name in NAMES}
+
+OF_PEOPLE = [frame for frame in lexicon.FRAMES if frame.subjects[0] in PEOPLE]
+EVENTS = [frame for frame in OF_PEOPLE if not frame.verb.is_state]
+ATTITUDES = [frame for frame in OF_PEOPLE if frame.verb.is_state]
+ACTIONS = [
+    frame
+    for frame in lexicon.PLACING + lexicon.TRANSITIVE + lexicon.DATIVE[:6] + lexicon.DITRANSITIVE
+    if not frame.verb.is_state
+]
+ERRANDS = [
     frame
     for frame in ACTIONS
     if frame.verb.base
     in ("buy", "sell", "visit", "help", "pick", "look", "repair", "thank", "paint")
     and not frame.goals
-)
+]
+
+
+def settings_of(noun: Noun, settings: Sequence[Setting]) -> list[Preposition]:
+    """The prepositions that these settings have for the noun."""
+    return [preposition for preposition, nouns in settings if noun in nouns]
+
+
+# Which parts a noun can take, and in which frames.
+ROLES = {
+    noun: {
+        "subject": [each for each in lexicon.FRAMES if noun in each.subjects],
+        "object": [each for each in lexicon.FRAMES if noun in each.objects],
+        "recipient": [each for each in lexicon.FRAMES if noun in each.recipients],
+        "goal": [each for each in lexicon.FRAMES if settings_of(noun, each.goals)],
+        "place": [each for each in lexicon.FRAMES if settings_of(noun, each.places)],
+    }
+    for noun in NOUNS
+}
 
 
 class Author:
@@ -115,13 +142,12 @@ class Author:
 
     def state(self) -> Pair:
         """The old clock was too expensive."""
-        nouns = tuple(lexicon.NOUNS.values())
-        return statement(self.being(self.subject(nouns, known=True), self.pick_tense()))
+        return statement(self.being(self.subject(NOUNS, known=True), self.pick_tense()))
 
     def comparison(self) -> Pair:
         """My bicycle is older than the red car."""
         kind = self.pick(("person", "animal", "thing", "vehicle"))
-        nouns = [noun for noun in lexicon.NOUNS.values() if noun.kind == kind]
+        nouns = [noun for noun in NOUNS if noun.kind == kind]
         subject = self.subject(nouns, known=True)
         others = [noun for noun in nouns if noun not in nouns_of(subject)]
         than = self.noun_phrase(others, lexicon.KNOWN_DETERMINERS, described=0.2)
@@ -143,17 +169,22 @@ class Author:
         verb = self.pick((lexicon.SAY, lexicon.KNOW, lexicon.HOPE, lexicon.BELIEVE, lexicon.ASK))
         denied = verb is lexicon.KNOW and self.chance(0.6)
         conjunction = lexicon.WHETHER if verb is lexicon.ASK or denied else lexicon.THAT
-        clause = self.told(self.clause(self.pick(lexicon.FRAMES), known=verb is lexicon.ASK))
+        tense = self.pick_tense()
+        clause = self.clause(self.pick(lexicon.FRAMES), known=conjunction is lexicon.WHETHER)
+        clause = self.told(clause, past=True if tense is Tense.PAST else None)
         reporter = self.subject(PEOPLE, known=True)
-        matrix = Clause(reporter, verb, tense=self.pick_tense(), negative=denied)
+        matrix = Clause(reporter, verb, tense=tense, negative=denied)
         return statement(replace(matrix, tail=Subordinate(conjunction, clause)))
 
     def circumstance(self) -> Pair:
         """Because the dog is tired, it is sleeping in the kitchen."""
-        frame = self.pick(OF_PEOPLE)
+        frame = self.pick(EVENTS)
         first, second = self.mentions(frame)
         if self.chance(0.4):
-            main, subordinate = self.with_background(self.clause(frame, subject=second), first)
+            if self.chance(0.3):  # the weather names nobody, so the pronoun would come too early
+                main, subordinate = self.with_background(self.clause(frame, subject=first), None)
+            else:
+                main, subordinate = self.with_background(self.clause(frame, subject=second), first)
             return statement(replace(main, lead=subordinate))
         main, subordinate = self.with_background(self.clause(frame, subject=first), second)
         return statement(replace(main, tail=subordinate))
@@ -164,23 +195,24 @@ class Author:
 
     def relative_subject(self) -> Pair:
         """The boy whom the bear follows is very brave."""
-        noun = self.pick(tuple(lexicon.NOUNS.values()))
-        subject = self.with_relative(self.relative_host(noun))
-        frames = [frame for frame in lexicon.FRAMES if noun in frame.subjects]
+        past = self.chance(0.5)
+        host = self.relative_host(self.pick(NOUNS))
+        frames = [each for each in ROLES[host.noun]["subject"] if each not in lexicon.POSITION]
         if not frames or self.chance(0.4):
-            return statement(self.being(subject, self.pick_tense()))
-        clause = self.clause(self.pick(frames), subject=subject, brief=True)
-        return statement(self.told(clause))
+            tense = Tense.PAST if past else Tense.PRESENT
+            return statement(self.being(self.with_relative(host, past), tense))
+        frame = self.pick(frames)
+        subject = self.with_relative(host, past, frame.verb)
+        return statement(self.told(self.clause(frame, subject=subject, brief=True), past=past))
 
     def relative_object(self) -> Pair:
         """I have found the key that you were looking for."""
+        past = self.chance(0.5)
         frame = self.pick([each for each in ACTIONS if not each.goals])
-        noun = self.pick(frame.objects)
+        host = self.relative_host(self.pick(frame.objects))
         clause = self.clause(frame, brief=True)
-        if noun in nouns_of(clause.subject):
-            return self.relative_object()
-        clause = replace(clause, object=self.with_relative(self.relative_host(noun)))
-        return statement(self.told(clause, timed=False))
+        clause = replace(clause, object=self.with_relative(host, past, frame.verb))
+        return statement(self.told(clause, timed=False, past=past))
 
     def attempt(self) -> Pair:
         """Lena forgot to bring along the cake."""
@@ -232,9 +264,11 @@ class Author:
             subject = self.subject(PEOPLE, known=True)
             clause = Clause(subject, self.pick(lexicon.MOTION[:2]).verb)
             return replace(self.told(clause, timed=False), time=adverb, time_first=True)
-        frames = lexicon.FRAMES
+        frames: Sequence[Frame] = lexicon.FRAMES
         if adverb is lexicon.WHERE_IS:
-            frames = tuple(frame for frame in frames if frame.places)
+            frames = [frame for frame in frames if frame.places]
+        if adverb is lexicon.WHEN:
+            frames = [frame for frame in frames if not frame.verb.is_state]
         clause = self.clause(self.pick(frames), known=True, brief=adverb is lexicon.WHERE_IS)
         if adverb is lexicon.WHERE_IS:
             clause = replace(clause, place=None)
@@ -257,24 +291,30 @@ class Author:
             [noun for noun in PEOPLE if noun not in nouns_of(one)], lexicon.KNOWN_DETERMINERS
         )
 
-    def with_background(self, main: Clause, someone: Nominal) -> tuple[Clause, Subordinate]:
-        """When, why or despite what it happens: the weather, or how someone is."""
+    def with_background(self, main: Clause, someone: Nominal | None) -> tuple[Clause, Subordinate]:
+        """When, why or despite what it happens: how somebody is, or the weather."""
         conjunction = self.pick(lexicon.BACKGROUNDS)
         if conjunction is lexicon.IF:
-            modal = self.pick((lexicon.WILL, lexicon.CAN, lexicon.SHOULD, lexicon.MUST))
-            background = self.weather(Tense.PRESENT) if self.chance(0.5) else None
-            background = background or self.being(someone, Tense.PRESENT)
-            return replace(main, modal=modal), Subordinate(conjunction, background)
-        if conjunction is lexicon.WHEN_PAST:
+            main = replace(main, modal=self.pick(lexicon.CONDITIONAL))
+            return main, Subordinate(conjunction, self.reason(someone, Tense.PRESENT))
+        if conjunction is lexicon.WHEN_PAST and someone:
             young = Predicate(self.pick(lexicon.ONCE))
             background = Clause(someone, lexicon.BE, goal=young, tense=Tense.PAST)
             return at(main, Tense.PAST), Subordinate(conjunction, background)
         tense = self.pick((Tense.PAST, Tense.PROGRESSIVE))
-        if conjunction is lexicon.WHILE:
+        if conjunction is lexicon.WHILE and someone:
             activity = self.clause(self.pick(lexicon.ACTIVITIES), subject=someone, brief=True)
             return at(main, tense), Subordinate(conjunction, at(activity, tense))
-        reason = self.weather(tense) if self.chance(0.3) else self.being(someone, tense)
-        return at(main, tense), Subordinate(conjunction, reason)
+        conjunction = self.pick((lexicon.BECAUSE, lexicon.ALTHOUGH))
+        return at(main, tense), Subordinate(conjunction, self.reason(someone, tense))
+
+    def reason(self, someone: Nominal | None, tense: Tense) -> Clause:
+        """What somebody is like, or likes; or the weather."""
+        if someone is None or self.chance(0.2):
+            return self.weather(tense)
+        if kind_of(someone) == "person" and self.chance(0.3):
+            return at(self.clause(self.pick(ATTITUDES), subject=someone, brief=True), tense)
+        return self.being(someone, tense)
 
     def weather(self, tense: Tense) -> Clause:
         """It is raining; it is cold."""
@@ -294,9 +334,7 @@ class Author:
 
     def but(self) -> Clause:
         """The lamp is old, but it is beautiful."""
-        nouns = [
-            noun for noun in lexicon.NOUNS.values() if noun.gender != "n" or noun not in PEOPLE
-        ]
+        nouns = [noun for noun in NOUNS if noun.gender != "n" or noun not in PEOPLE]
         subject = self.noun_phrase(nouns, lexicon.KNOWN_DETERMINERS)
         tense = self.pick_tense()
         first = self.being(subject, tense)
@@ -308,7 +346,7 @@ class Author:
 
     def so(self) -> Clause:
         """The boy was tired, so he slept in the garden."""
-        frame = self.pick(OF_PEOPLE)
+        frame = self.pick(EVENTS)
         first, second = self.mentions(frame)
         tense = self.pick((Tense.PAST, Tense.PROGRESSIVE))
         effect = at(self.clause(frame, subject=second), tense)
@@ -323,7 +361,7 @@ class Author:
 
     def object_because(self) -> Clause:
         """I sold the lamp because it was broken: "it" has the gender of the German lamp."""
-        frame = self.pick(lexicon.TRANSITIVE)
+        frame = self.pick(lexicon.TRANSITIVE[2:])
         nouns = [noun for noun in frame.objects if noun.kind in ("thing", "vehicle", "reading")]
         if not nouns:
             return self.object_because()
@@ -339,28 +377,25 @@ class Author:
 
     def relative_host(self, noun: Noun) -> NounPhrase:
         """What a relative clause is to tell more about."""
-        determiners = (THE,) if noun.mass else lexicon.RELATIVE_DETERMINERS
+        determiners = (THE, THE, lexicon.THIS) if noun.mass else lexicon.RELATIVE_DETERMINERS
         return self.noun_phrase((noun,), determiners, described=0.25)
 
-    def with_relative(self, phrase: NounPhrase) -> NounPhrase:
+    def with_relative(self, phrase: NounPhrase, past: bool, but: Verb | None = None) -> NounPhrase:
         """Tell more about it: the phrase takes any part that it can have in another clause."""
         pronoun, noun = RelativePronoun(phrase), phrase.noun
-        roles = {
-            "subject": [each for each in lexicon.FRAMES if noun in each.subjects],
-            "object": [each for each in lexicon.FRAMES if noun in each.objects],
-            "recipient": [each for each in lexicon.FRAMES if noun in each.recipients],
-            "goal": [each for each in lexicon.FRAMES if settings_of(noun, each.goals)],
-            "place": [each for each in lexicon.FRAMES if settings_of(noun, each.places)],
-        }
-        role = self.pick([role for role, frames in roles.items() if frames])
-        frame = self.pick(roles[role])
+        role = self.pick([role for role, frames in ROLES[noun].items() if frames])
+        frame = self.pick(ROLES[noun][role])
+        if frame.verb is but:
+            return self.with_relative(phrase, past, but)
         subject = phrase if role == "subject" else None
-        clause = self.told(self.clause(frame, subject=subject, known=True, brief=True), timed=False)
+        clause = self.clause(frame, subject=subject, known=True, brief=True)
         part: Nominal | Phrase = pronoun
         if role in ("goal", "place"):
             settings = frame.goals if role == "goal" else frame.places
             part = Phrase(self.pick(settings_of(noun, settings)), pronoun)
-        return replace(phrase, relative=replace(clause, **{role: part}))
+        clause = self.told(clause, timed=False, past=past)
+        parts: dict[str, Any] = {role: part}
+        return replace(phrase, relative=replace(clause, **parts))
 
     # --- one clause ------------------------------------------------------------------------------
 
@@ -373,63 +408,62 @@ class Author:
     ) -> Clause:
         """Fill a frame; `brief` leaves out what can be left out."""
         subject = subject or self.subject(frame.subjects, known)
-        clause = Clause(subject, frame.verb)
+        parts: dict[str, Any] = {}
         if frame.objects:
             determiners = lexicon.DENIED_DETERMINERS if known else lexicon.OBJECT_DETERMINERS
-            if frame.verb.object_case is Case.NOMINATIVE:
-                determiners = lexicon.KNOWN_DETERMINERS
-            clause = replace(clause, object=self.object(frame.objects, subject, determiners))
+            if frame.verb in lexicon.DETERMINERS_OF:
+                determiners = lexicon.DETERMINERS_OF[frame.verb]
+            parts["object"] = self.object(frame.objects, subject, determiners)
         if frame.recipients:
-            recipient = self.object(frame.recipients, subject, lexicon.KNOWN_DETERMINERS)
-            clause = replace(clause, recipient=recipient)
+            known_ones = lexicon.KNOWN_DETERMINERS
+            parts["recipient"] = self.object(frame.recipients, subject, known_ones)
         if frame.goals:
-            clause = replace(clause, goal=self.phrase(frame.goals, subject))
+            parts["goal"] = self.phrase(frame.goals, subject)
         if frame.placed or (frame.places and not brief and self.chance(0.4)):
-            clause = replace(clause, place=self.phrase(frame.places, subject))
+            parts["place"] = self.phrase(frame.places, subject)
         if frame.accompanied and not brief and self.chance(0.2):
             preposition = self.pick((lexicon.WITH, lexicon.WITH, lexicon.WITHOUT))
             companion = self.object(PEOPLE, subject, lexicon.KNOWN_DETERMINERS)
-            clause = replace(clause, companion=Phrase(preposition, companion))
-        return clause
+            parts["companion"] = Phrase(preposition, companion)
+        return Clause(subject, frame.verb, **parts)
 
     def pick_tense(self) -> Tense:
         """Of what has no progressive."""
         return self.pick((Tense.PRESENT, Tense.PAST))
 
-    def told(self, clause: Clause, timed: bool = True) -> Clause:
+    def told(self, clause: Clause, timed: bool = True, past: bool | None = None) -> Clause:
         """Give the clause a tense or a modal, and perhaps a time that goes with it."""
-        draw = self._random()
-        times: Sequence[Adverb] = ()
-        if draw < 0.3:
-            clause, times = at(clause, Tense.PAST), lexicon.PAST_TIMES
-        elif draw < 0.68:
-            clause = at(clause, Tense.PROGRESSIVE if draw < 0.5 else Tense.PRESENT)
-            if not clause.verb.is_instant:
-                is_now = clause.tense is Tense.PROGRESSIVE
-                times = lexicon.PRESENT_TIMES if is_now else lexicon.HABITS
+        if past is None:
+            past = self.chance(0.3)
+        if self.chance(0.3) and not (past and clause.verb.is_state):
+            clause, times = self.with_modal(clause, past)
         else:
-            clause, times = self.with_modal(clause)
-        if clause.verb.is_state or not timed or self.chance(0.4):
+            tense = self.pick((Tense.PRESENT, Tense.PROGRESSIVE))
+            clause = at(clause, Tense.PAST if past else tense)
+            times = lexicon.TIMES[clause.tense]
+        is_settled = clause.verb.is_state or (clause.verb.is_instant and not past)
+        if not timed or is_settled or self.chance(0.4):
             return clause
         times = [time for time in times if time.negatable or not clause.negative]
         return replace(clause, time=self.pick(times)) if times else clause
 
-    def with_modal(self, clause: Clause) -> tuple[Clause, Sequence[Adverb]]:
+    def with_modal(self, clause: Clause, past: bool) -> tuple[Clause, Sequence[Adverb]]:
         """Add a modal that suits the subject, with the times that suit the modal."""
-        if can_gladly(clause) and self.chance(0.3):
+        if not past and can_gladly(clause) and self.chance(0.3):
             return replace(clause, modal=lexicon.LIKE_TO), lexicon.SEASONS
+        if clause.verb.is_state and clause.verb not in lexicon.WISHED:
+            return at(clause, Tense.PRESENT), ()
         is_alive = kind_of(clause.subject) in ("person", "animal")
         modals = lexicon.OF_THE_LIVING if is_alive else lexicon.OF_ALL
-        if clause.verb.is_state:
-            is_wish = is_alive and clause.verb.subject_case is Case.NOMINATIVE
-            modals = lexicon.OF_STATES if is_wish else (lexicon.WILL,)
-        modal = self.pick(
-            [each for each in modals if each is not lexicon.MAY or not clause.negative]
-        )
-        clause = replace(clause, modal=modal)
-        if modal.past and self.chance(0.5):
-            return replace(clause, tense=Tense.PAST), lexicon.PAST_TIMES
-        return clause, lexicon.FUTURE_TIMES
+        if clause.verb in lexicon.WISHED:
+            modals = lexicon.WISHES
+        modal = self.pick([each for each in modals if each.past or not past])
+        if modal is lexicon.MAY and clause.negative:
+            modal = lexicon.CAN  # "may not" has two meanings
+        tense, times = Tense.PRESENT, lexicon.FUTURE_TIMES
+        if past:
+            tense, times = Tense.PAST, lexicon.PAST_TIMES
+        return replace(clause, modal=modal, tense=tense), times
 
     def open_with_time(self, clause: Clause) -> Clause:
         """Put the time first, now and then: German then moves the subject behind the verb."""
@@ -446,17 +480,18 @@ class Author:
         described: float = 0.4,
     ) -> NounPhrase:
         """A determiner, perhaps an adjective or two, and one of the nouns."""
-        noun, determiner = self.pick(choices), self.pick(determiners)
+        noun = self.pick(choices)
+        determiner = lexicon.fitting(self.pick(determiners), noun)
         adjectives = self.adjectives(noun) if self.chance(described) else ()
-        if noun.mass:
-            determiner = determiner if determiner.number == "any" else BARE
-            return NounPhrase(determiner, noun, adjectives=adjectives)
-        is_plural = determiner.number == "any" and not singular and self.chance(0.25)
-        return NounPhrase(determiner, noun, is_plural or determiner.number == "plural", adjectives)
+        may_be_plural = determiner.number == "any" and not singular and not noun.mass
+        is_plural = determiner.number == "plural" or (may_be_plural and self.chance(0.25))
+        return NounPhrase(determiner, noun, is_plural and not noun.mass, adjectives)
 
     def adjectives(self, noun: Noun) -> tuple[Adjective, ...]:
         """One that fits the noun, or one and a colour."""
         first = self.pick(lexicon.FITTING[noun.kind])
+        if noun in lexicon.UNFITTING.get(first, ()):
+            return self.adjectives(noun)
         takes_colour = noun.kind in ("thing", "vehicle") and first not in lexicon.COLOURS
         if takes_colour and self.chance(0.2):
             return first, self.pick(lexicon.COLOURS)
@@ -525,15 +560,10 @@ def nouns_of(nominal: Nominal) -> tuple[Noun, ...]:
     return (nominal.noun,) if isinstance(nominal, NounPhrase) else ()
 
 
-def settings_of(noun: Noun, settings: Sequence[Setting]) -> list[Preposition]:
-    """The prepositions that these settings have for the noun."""
-    return [preposition for preposition, nouns in settings if noun in nouns]
-
-
 def differ(one: Nominal, other: Nominal) -> bool:
     """Whether they are not the same person, so that neither language wants a reflexive."""
-    groups = {ME: "speaker", US: "speaker"}
-    return groups.get(one, one) != groups.get(other, other)
+    both = {one, other}
+    return len(both) == 2 and both != {ME, US}
 
 
 def can_gladly(clause: Clause) -> bool:
@@ -541,7 +571,7 @@ def can_gladly(clause: Clause) -> bool:
     is_open = clause.object is None or (
         isinstance(clause.object, NounPhrase) and clause.object.determiner is BARE
     )
-    return is_open and clause.verb in lexicon.DONE_GLADLY
+    return is_open and clause.verb.is_fun
 
 
 def count_words(text: str) -> int:
@@ -552,5 +582,5 @@ def count_words(text: str) -> int:
 def repeats_noun(english: str) -> bool:
     """Whether a noun comes twice: the king helps the king."""
     words = english.lower().rstrip(".?").replace(",", "").split()
-    nouns = [NOUN_OF[word] for word in words if word in NOUN_OF]
+    nouns = [SINGULARS[word] for word in words if word in SINGULARS]
     return len(nouns) != len(set(nouns))

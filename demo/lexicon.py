@@ -21,6 +21,7 @@ from morphology import (
     Modal,
     Noun,
     Preposition,
+    Tense,
     Verb,
 )
 
@@ -276,19 +277,18 @@ FITTING = {
     "landmark": adjectives("old small big beautiful"),
 }
 UNFITTING = {
-    ADJECTIVES["old"]: nouns("child boy girl student"),
+    ADJECTIVES["old"]: nouns("child boy girl"),
     ADJECTIVES["young"]: nouns("grandmother grandfather"),
     ADJECTIVES["expensive"]: nouns("flower potato"),
     ADJECTIVES["broken"]: nouns("coat picture bag"),
 }
 # What they can be for a while; of things, what they always are.
 STATES = FITTING | {
-    "person": adjectives(
-        "tired hungry happy sad sad curious lazy clever brave famous rich poor friendly"
-    ),
+    "person": adjectives("tired hungry happy sad curious lazy brave friendly rich poor"),
     "animal": adjectives("tired hungry curious lazy wild brave"),
 }
-DEGREES = (("", ""), ("", ""), ("very", "sehr"), ("too", "zu"))
+DEGREES = (("", ""), ("", ""), ("", ""), ("very", "sehr"), ("very", "sehr"), ("too", "zu"))
+ABSOLUTE = COLOURS + adjectives("broken new fresh wild")
 ONCE = adjectives("young small young poor rich")
 WEATHER = adjectives("warm cold dark")
 
@@ -322,6 +322,23 @@ KNOWN_DETERMINERS = (THE,) * 8 + (*POSSESSIVES, THIS, THIS)
 DENIED_DETERMINERS = (THE,) * 4 + (*POSSESSIVES, THIS) + (A,) * 6 + (BARE,) * 4
 RELATIVE_DETERMINERS = (THE,) * 6 + (A, A, THIS, EVERY, ALL)
 PLACE_DETERMINERS = (THE,) * 9 + (A, A, THIS)
+_OWNED = nouns(
+    "child teacher doctor neighbour grandmother grandfather friend guest sister brother"
+    " house garden room kitchen school village town castle door window"
+)
+_OWNED_KINDS = ("animal", "reading", "food", "thing", "vehicle")
+
+
+def fitting(determiner: Determiner, noun: Noun) -> Determiner:
+    """The determiner, or one that goes better with the noun: the station, not my station."""
+    is_living = noun.kind in ("person", "animal")
+    if determiner in POSSESSIVES:
+        return determiner if noun.kind in _OWNED_KINDS or noun in _OWNED else THE
+    if determiner in (EVERY, ALL):
+        return determiner if is_living else THE
+    if noun.mass:
+        return determiner if determiner.number == "any" else BARE
+    return THE if determiner is BARE and is_living else determiner
 
 
 # --- prepositions and where they lead ------------------------------------------------------------
@@ -434,7 +451,8 @@ def read_verbs(table: str) -> dict[str, Verb]:
 
     The English entry is a verb, perhaps with an adverb (pick up) or a preposition that German does
     without (look (for)). Marks: dative (the case of its object), experiencer (its English
-    subject is a German dative: mir gefällt), state (lasts), instant (over at once).
+    subject is a German dative: mir gefällt), state (lasts), instant (over at once), fun (one may
+    like to do it).
     """
     verbs = {}
     for line in table.strip().splitlines():
@@ -463,21 +481,22 @@ def read_verbs(table: str) -> dict[str, Verb]:
             object_case=Case.NOMINATIVE if is_experienced else object_case,
             is_state="state" in marks or is_experienced,
             is_instant="instant" in marks,
+            is_fun="fun" in marks,
         )
     return verbs
 
 
 VERBS = read_verbs(
     """
-    sleep        | slept         | schlafen, schläft, hat geschlafen              |
-    laugh        | laughed       | lachen, lacht, hat gelacht                     |
-    work         | worked        | arbeiten, arbeitet, hat gearbeitet             |
-    dance        | danced        | tanzen, tanzt, hat getanzt                     |
-    sing         | sang          | singen, singt, hat gesungen                    |
-    play         | played        | spielen, spielt, hat gespielt                  |
-    swim         | swam swimming | schwimmen, schwimmt, ist geschwommen           |
-    live         | lived         | wohnen, wohnt, hat gewohnt                     | state
-    sit          | sat sitting   | sitzen, sitzt, hat gesessen                    |
+    sleep        | slept         | schlafen, schläft, hat geschlafen              | fun
+    laugh        | laughed       | lachen, lacht, hat gelacht                     | fun
+    work         | worked        | arbeiten, arbeitet, hat gearbeitet             | fun
+    dance        | danced        | tanzen, tanzt, hat getanzt                     | fun
+    sing         | sang          | singen, singt, hat gesungen                    | fun
+    play         | played        | spielen, spielt, hat gespielt                  | fun
+    swim         | swam swimming | schwimmen, schwimmt, ist geschwommen           | fun
+    live         | lived         | wohnen, wohnt, hat gewohnt                     | state fun
+    sit          | sat sitting   | sitzen, sitzt, hat gesessen                    | fun
     get up       | got getting   | aufstehen, steht auf, ist aufgestanden         |
     fall asleep  | fell          | einschlafen, schläft ein, ist eingeschlafen    |
     come back    | came          | zurückkommen, kommt zurück, ist zurückgekommen |
@@ -485,27 +504,27 @@ VERBS = read_verbs(
     leave        | left          | abfahren, fährt ab, ist abgefahren             |
     rain         | rained        | regnen, regnet, hat geregnet                   |
     snow         | snowed        | schneien, schneit, hat geschneit               |
-    go           | went          | gehen, geht, ist gegangen                      |
-    run          | ran running   | laufen, läuft, ist gelaufen                    |
+    go           | went          | gehen, geht, ist gegangen                      | fun
+    run          | ran running   | laufen, läuft, ist gelaufen                    | fun
     come         | came          | kommen, kommt, ist gekommen                    |
-    drive        | drove         | fahren, fährt, ist gefahren                    |
+    drive        | drove         | fahren, fährt, ist gefahren                    | fun
     lie          | lay lying     | liegen, liegt, hat gelegen                     |
     stand        | stood         | stehen, steht, hat gestanden                   |
     hang         | hung          | hängen, hängt, hat gehangen                    |
     put          | put putting   | legen, legt, hat gelegt                        |
     place        | placed        | stellen, stellt, hat gestellt                  |
     see          | saw           | sehen, sieht, hat gesehen                      | instant
-    read         | read          | lesen, liest, hat gelesen                      |
-    write        | wrote         | schreiben, schreibt, hat geschrieben           |
+    read         | read          | lesen, liest, hat gelesen                      | fun
+    write        | wrote         | schreiben, schreibt, hat geschrieben           | fun
     buy          | bought        | kaufen, kauft, hat gekauft                     |
     sell         | sold          | verkaufen, verkauft, hat verkauft              |
-    eat          | ate           | essen, isst, hat gegessen                      |
-    drink        | drank         | trinken, trinkt, hat getrunken                 |
+    eat          | ate           | essen, isst, hat gegessen                      | fun
+    drink        | drank         | trinken, trinkt, hat getrunken                 | fun
     find         | found         | finden, findet, hat gefunden                   | instant
     look (for)   | looked        | suchen, sucht, hat gesucht                     |
     carry        | carried       | tragen, trägt, hat getragen                    |
     love         | loved         | lieben, liebt, hat geliebt                     | state
-    paint        | painted       | malen, malt, hat gemalt                        |
+    paint        | painted       | malen, malt, hat gemalt                        | fun
     repair       | repaired      | reparieren, repariert, hat repariert           |
     visit        | visited       | besuchen, besucht, hat besucht                 |
     hear         | heard         | hören, hört, hat gehört                        | instant
@@ -528,9 +547,9 @@ VERBS = read_verbs(
     belong (to)  | belonged      | gehören, gehört, hat gehört                    | dative state
     like         | liked         | gefallen, gefällt, hat gefallen                | experiencer
     wait         | waited        | warten, wartet, hat gewartet                   |
-    think        | thought       | denken, denkt, hat gedacht                     |
-    dream        | dreamt        | träumen, träumt, hat geträumt                  |
-    speak        | spoke         | sprechen, spricht, hat gesprochen              |
+    think        | thought       | denken, denkt, hat gedacht                     | fun
+    dream        | dreamt        | träumen, träumt, hat geträumt                  | fun
+    speak        | spoke         | sprechen, spricht, hat gesprochen              | fun
     give         | gave          | geben, gibt, hat gegeben                       |
     show         | showed        | zeigen, zeigt, hat gezeigt                     |
     send         | sent          | schicken, schickt, hat geschickt               |
@@ -566,6 +585,10 @@ KNOW = replace(
     present_forms=("weiß", "weißt", "weiß", "wissen", "wissen"),
     preterite_forms=("wusste", "wusstest", "wusste", "wussten", "wussten"),
 )
+DETERMINERS_OF = {
+    VERBS["like"]: KNOWN_DETERMINERS,
+    HAVE: (*((A,) * 6), BARE, BARE, *QUANTITIES),
+}
 # A picture hat gehangen, somebody hat es gehängt.
 VERBS |= {"have": HAVE, "hang up": replace(VERBS["hang"], participle="gehängt")}
 
@@ -609,12 +632,18 @@ _DREAMS = nouns("cake castle horse mouse lake cheese king queen")
 _CUSTOMERS = nouns("king queen farmer doctor baker painter")
 
 
-def frame(key: str, *parts: tuple[Noun, ...], **more: Any) -> Frame:
+def frame(
+    key: str,
+    subjects: tuple[Noun, ...],
+    objects: tuple[Noun, ...] = (),
+    recipients: tuple[Noun, ...] = (),
+    **more: Any,
+) -> Frame:
     """A frame of the verb of that name."""
-    return Frame(VERBS[key], *parts, **more)
+    return Frame(VERBS[key], subjects, objects, recipients, **more)
 
 
-INTRANSITIVE = (
+INTRANSITIVE: tuple[Frame, ...] = (
     frame("sleep", _LIVING, places=WHERE),
     frame("laugh", _PEOPLE, places=WHERE),
     frame("work", _PEOPLE, places=WHERE, accompanied=True),
@@ -630,23 +659,23 @@ INTRANSITIVE = (
     frame("arrive", _PEOPLE + nouns("train"), places=ARRIVALS),
     frame("leave", nouns("train boat car")),
 )
-MOTION = (
+MOTION: tuple[Frame, ...] = (
     frame("go", _LIVING, goals=WHITHER, accompanied=True),
     frame("run", _LIVING, goals=WHITHER, accompanied=True),
     frame("come", _LIVING, goals=WHENCE, accompanied=True),
     frame("drive", _PEOPLE, goals=DRIVES, accompanied=True),
 )
-POSITION = (
+POSITION: tuple[Frame, ...] = (
     frame("lie", _FLAT, places=LIES_WHERE, placed=True),
     frame("stand", _UPRIGHT, places=STANDS_WHERE, placed=True),
     frame("hang", nouns("picture clock coat hat"), places=HANGS_WHERE, placed=True),
 )
-PLACING = (
+PLACING: tuple[Frame, ...] = (
     frame("put", _PEOPLE, _FLAT, goals=PUT_WHERE),
     frame("place", _PEOPLE, _UPRIGHT, goals=PLACE_WHERE),
     frame("hang up", _PEOPLE, nouns("picture clock coat hat"), goals=HANG_WHERE),
 )
-TRANSITIVE = (
+TRANSITIVE: tuple[Frame, ...] = (
     frame("see", _LIVING, _LIVING, places=WHERE),
     frame("hear", _LIVING, _LIVING, places=WHERE),
     frame("read", _PEOPLE, tuple(READING.values()), places=WHERE),
@@ -674,7 +703,7 @@ TRANSITIVE = (
     frame("take along", _PEOPLE, _TAKEN),
     frame("clean up", _PEOPLE, nouns("room kitchen garden house")),
 )
-DATIVE = (
+DATIVE: tuple[Frame, ...] = (
     frame("help", _PEOPLE, _PEOPLE),
     frame("thank", _PEOPLE, _PEOPLE),
     frame("trust", _PEOPLE, _PEOPLE),
@@ -685,7 +714,7 @@ DATIVE = (
     frame("belong to", _GOODS + nouns("dog horse garden house"), _PEOPLE),
     frame("like", _PEOPLE, _PLEASANT),
 )
-PREPOSITIONAL = (
+PREPOSITIONAL: tuple[Frame, ...] = (
     frame("wait", _PEOPLE, goals=((WAIT_FOR, _PEOPLE + nouns("train letter")),)),
     frame("think", _PEOPLE, goals=((THINK_OF, _PEOPLE + nouns("dog story house")),)),
     frame("dream", _LIVING, goals=((DREAM_OF, _DREAMS),)),
@@ -693,7 +722,7 @@ PREPOSITIONAL = (
     frame("speak", _PEOPLE, goals=((TALK_ABOUT, nouns("king queen book story picture town")),)),
     frame("work", _PEOPLE, goals=((FOR, _CUSTOMERS),)),
 )
-DITRANSITIVE = (
+DITRANSITIVE: tuple[Frame, ...] = (
     frame("give", _PEOPLE, nouns("apple flower key book hat ball letter cake cup egg"), _PEOPLE),
     frame("show", _PEOPLE, nouns("picture house garden letter castle horse room boat"), _PEOPLE),
     frame("send", _PEOPLE, nouns("letter picture book poem flower newspaper"), _PEOPLE),
@@ -705,7 +734,7 @@ ACTIVITIES = (
     *INTRANSITIVE[:7],
     *(each for each in TRANSITIVE if each.verb.base in ("read", "paint", "eat", "drink", "clean")),
 )
-FRAMES = (
+FRAMES: tuple[Frame, ...] = (
     INTRANSITIVE + MOTION + POSITION + PLACING + TRANSITIVE + DATIVE + PREPOSITIONAL + DITRANSITIVE
 )
 
@@ -735,33 +764,31 @@ HAVE_TO = Modal(
 )
 WILL = Modal("will", present=("werde", "wirst", "wird", "werden", "werden"))
 LIKE_TO = Modal("like", "liked", "likes", adverb="gern")
-OF_THE_LIVING = (CAN, MUST, SHOULD, WANT, WANT, HAVE_TO, MAY, WILL, WILL)
-OF_ALL = (CAN, MUST, SHOULD, WILL, WILL)
-OF_STATES = (WANT, WILL, WILL)
-DONE_GLADLY = frozenset(
-    frame.verb
-    for frame in (*INTRANSITIVE[:9], *MOTION, *TRANSITIVE, *PREPOSITIONAL)
-    if frame.verb.base
-    in ("sleep", "laugh", "work", "dance", "sing", "play", "swim", "live", "sit", "go", "run")
-    + ("drive", "read", "write", "eat", "drink", "paint", "dream", "think", "speak")
-)
+OF_THE_LIVING: tuple[Modal, ...] = (CAN, MUST, SHOULD, WANT, WANT, HAVE_TO, MAY, WILL, WILL)
+CONDITIONAL = (WILL, CAN, SHOULD, MUST)
+OF_ALL: tuple[Modal, ...] = (MUST, SHOULD, HAVE_TO, WILL, WILL)
+WISHED = (HAVE, VERBS["live"])  # states that one may want, or come to
+WISHES: tuple[Modal, ...] = (WANT, WILL)
 
-PAST_TIMES = (
+PAST_TIMES: tuple[Adverb, ...] = (
     Adverb("yesterday", "gestern"),
     Adverb("this morning", "heute Morgen"),
     Adverb("last week", "letzte Woche"),
     Adverb("on Monday", "am Montag"),
     Adverb("two days ago", "vor zwei Tagen", negatable=False),
 )
-PRESENT_TIMES = (Adverb("now", "jetzt"), Adverb("today", "heute"))
-FUTURE_TIMES = (
+PRESENT_TIMES: tuple[Adverb, ...] = (Adverb("now", "jetzt"), Adverb("today", "heute"))
+FUTURE_TIMES: tuple[Adverb, ...] = (
     Adverb("tomorrow", "morgen"),
     Adverb("next week", "nächste Woche"),
     Adverb("soon", "bald", negatable=False),
 )
-SEASONS = (Adverb("in the evening", "am Abend"), Adverb("in winter", "im Winter"))
+SEASONS: tuple[Adverb, ...] = (
+    Adverb("in the evening", "am Abend"),
+    Adverb("in winter", "im Winter"),
+)
 SOMETIMES = Adverb("sometimes", "manchmal", frequent=True, negatable=False)
-HABITS = (
+HABITS: tuple[Adverb, ...] = (
     *SEASONS,
     Adverb("every day", "jeden Tag", negatable=False),
     Adverb("often", "oft", frequent=True, negatable=False),
@@ -769,6 +796,11 @@ HABITS = (
     SOMETIMES,
     Adverb("never", "nie", frequent=True, negatable=False),
 )
+TIMES = {
+    Tense.PAST: PAST_TIMES,
+    Tense.PROGRESSIVE: PRESENT_TIMES,
+    Tense.PRESENT: HABITS,
+}
 WHY = Adverb("why", "warum")
 WHEN = Adverb("when", "wann")
 WHERE_IS = Adverb("where", "wo")

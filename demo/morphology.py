@@ -169,6 +169,7 @@ class Verb:
     object_case: Case = Case.ACCUSATIVE
     is_state: bool = False  # lasts, has no progressive: belong
     is_instant: bool = False  # has no progressive either: find
+    is_fun: bool = False  # may be done gern
     present_forms: tuple[str, ...] = ()  # where German is irregular
     preterite_forms: tuple[str, ...] = ()  # where German prefers it to the perfect
 

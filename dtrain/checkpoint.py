@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,28 +54,10 @@ def save(
         optimizer: over exactly the model's parameters; None to leave it out.
         state: what else is needed to go on; JSON values only.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".tmp-{name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_module(model, temporary / MODEL)
+    tensors = {MODEL: _on_cpu(model.state_dict())}
     if optimizer is not None:
-        save_optimizer(optimizer, model, temporary / OPTIMIZER)
-    write_json(temporary / STATE, {"format_version": FORMAT_VERSION, **state})
-    for path in temporary.iterdir():
-        _sync(path)
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(temporary.iterdir())
-    }
-    write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
-    _sync(temporary / MANIFEST)
-    _sync(temporary)
-    final = folder / name
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _sync(folder)
-    return final
+        tensors[OPTIMIZER] = dict(_moments(optimizer, model))
+    return _write(folder, name, tensors, state)
 
 
 def verify(checkpoint: Path) -> str:
@@ -169,9 +151,31 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def average(folder: Path, checkpoints: Sequence[Path]) -> str:
+    """Write the mean of some checkpoints' weights as another checkpoint; gives its name.
+
+    Raises:
+        CheckpointError: if one of them is damaged.
+    """
+    for path in checkpoints:
+        problem = verify(path)
+        if problem:
+            raise CheckpointError(f"checkpoint {path}: {problem}")
+    sums: dict[str, Tensor] = {}
+    for path in checkpoints:
+        for name, tensor in load_file(path / MODEL).items():
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + tensor.double()
+    mean = {name: (total / len(checkpoints)).float() for name, total in sums.items()}
+    step = read_state(checkpoints[0])["step"]
+    name = f"average-{step:010d}-of-{len(checkpoints)}"
+    state = {"step": step, "averaged": [path.name for path in checkpoints]}
+    _write(folder, name, {MODEL: mean}, state)
+    return name
+
+
 def save_module(module: nn.Module, path: Path) -> None:
     """Write the parameters of a model, or of any part of one, by name."""
-    save_file({name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}, path)
+    save_file(_on_cpu(module.state_dict()), path)
 
 
 def load_module(module: nn.Module, path: Path) -> None:
@@ -220,7 +224,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pat
 
 def save_part(model: nn.Module, part: str, path: Path) -> None:
     """Write one part of a Transformer: `encoder` (with its embedding), `decoder` or `model`."""
-    save_file({k: v.detach().cpu() for k, v in _part_state(model, part).items()}, path)
+    save_file(_on_cpu(_part_state(model, part)), path)
 
 
 def load_part(model: nn.Module, part: str, path: Path) -> None:
@@ -250,6 +254,35 @@ def sha256(path: Path) -> str:
     """Hash a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(
+    folder: Path, name: str, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]
+) -> Path:
+    """Write files of tensors, the state and the manifest; visible only when all is on disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".tmp-{name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for file, content in tensors.items():
+        save_file(content, temporary / file)
+    write_json(temporary / STATE, {"format_version": FORMAT_VERSION, **state})
+    files = {}
+    for path in sorted(temporary.iterdir()):
+        _sync(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+    _sync(temporary / MANIFEST)
+    _sync(temporary)
+    final = folder / name
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _sync(folder)
+    return final
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def _moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:

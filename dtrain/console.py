@@ -119,7 +119,7 @@ class LiveConsole:
         """Take the values into the live line; validation values get a line that stays."""
         self.progress(step, values)
         if parts := _validation_parts(values):
-            self._print("  ".join([_step(step, self._max_steps), "validation", *parts]))
+            self._print("  ".join([_step(step, self._max_steps), "validation", *parts]), "bold")
 
     def progress(self, step: int, values: Values) -> None:
         """Note what the next redrawing shows; values not given keep standing."""
@@ -139,9 +139,11 @@ class LiveConsole:
         """Take the live line away; what was printed above it stays."""
         self._live.stop()
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, style: str = "") -> None:
+        from rich.text import Text
+
         with suppress(OSError):
-            self._console.print(text, soft_wrap=True)
+            self._console.print(Text(text, style), soft_wrap=True)
 
     def _line(self) -> "Text":
         from rich.text import Text
@@ -155,9 +157,8 @@ class LiveConsole:
         if self._max_steps and room >= 8:
             width = min(_BAR_WIDTH, room)
             done = round(width * min(1.0, self._step / self._max_steps))
-            line.append("━" * done, "green").append("━" * (width - done), "bright_black").append(
-                "  "
-            )
+            line.append("━" * done, "green")
+            line.append("━" * (width - done) + "  ", "bright_black")
         return line.append(text)
 
 

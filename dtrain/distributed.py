@@ -1,7 +1,6 @@
 """World: ranks, devices and every collective. One process is a world of one."""
 
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
@@ -91,6 +90,8 @@ class World:
 
     def gather(self, value: object) -> list[Any]:
         """Collect one picklable value of each rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
@@ -173,14 +174,18 @@ def connect(device: str, timeout: int) -> Iterator[World]:
     dist.destroy_process_group()
 
 
+def alone(device: str) -> World:
+    """Be a world of one for a command that needs no other rank.
+
+    Raises:
+        UserError: if the device is not there.
+    """
+    return World(0, 1, 1, _choose_device(device), HashStore())
+
+
 def cores() -> int:
     """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def host_name() -> str:
-    """Name this machine, for messages."""
-    return socket.gethostname()
 
 
 def _choose_device(name: str) -> torch.device:

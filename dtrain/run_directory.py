@@ -3,13 +3,15 @@
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.checkpoint import write_json
 from dtrain.config import Config, changed_settings, load_config
-from dtrain.data.vocabulary import Vocabulary
 from dtrain.errors import UserError
+from dtrain.progress import Progress
 
 Status = Literal["running", "completed", "preempted", "failed"]
 
@@ -59,14 +61,21 @@ class RunDirectory:
         """The settings as the run last used them."""
         return load_config(self.config_file)
 
-    def vocabulary(self) -> Vocabulary:
-        """Load the run's own copy of its vocabulary."""
-        return Vocabulary.load(self.path)
-
     def write_status(self, status: Status, step: int, exit_code: int | None, why: str) -> None:
         """Say where the run stands, for scripts and `dtrain status`."""
         value = {"status": status, "step": step, "exit_code": exit_code, "why": why}
         write_json(self.status_file, value | {"time": time.time(), "process": os.getpid()})
+
+    @contextmanager
+    def failure_noted(self, is_main: bool, progress: Progress) -> Iterator[None]:
+        """Write the status `failed` if what happens inside does."""
+        try:
+            yield
+        except BaseException as error:
+            if is_main:
+                why = f"{type(error).__name__}: {error}"
+                self.write_status("failed", progress.step, 1, why)
+            raise
 
     def read_status(self) -> dict[str, Any]:
         """Read what `write_status` wrote last; empty if it never did."""

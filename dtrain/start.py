@@ -5,10 +5,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from dtrain import checkpoint
 from dtrain.config import Config
+from dtrain.data.plan import BatchPlan
 from dtrain.data.preparation import is_prepared, prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.distributed import World, cores
@@ -51,18 +53,46 @@ def get_ready(config: Config, world: World, stop: StopSignal) -> Ready:
     return Ready(config, data_dir, resume_from, notices)
 
 
-def check_continuity(saved: dict[str, Any], now: dict[str, str], run: Path) -> None:
+def identity(data: PreparedData, plan: BatchPlan) -> dict[str, str]:
+    """Give the fingerprints of what a run learns from; checkpoints keep them."""
+    return {
+        "training text": data.manifest.fingerprint,
+        "vocabulary": data.manifest.vocabulary_fingerprint,
+        "batch plan": plan.fingerprint,
+    }
+
+
+def check_identity(saved: dict[str, str], now: dict[str, str], run: Path) -> None:
     """Refuse to go on with other data than the run began with.
 
     Raises:
         UserError: naming what differs.
     """
-    changed = [name for name, value in now.items() if saved["fingerprints"].get(name) != value]
+    changed = [name for name, value in now.items() if saved.get(name) != value]
     if changed:
         raise UserError(
-            f"{run} was trained with another {' and '.join(changed)} than the settings now give; "
-            f"restore the text files, or start another run with --run.name=NAME"
+            f"{run} was trained with another {' and another '.join(changed)} than the settings "
+            f"now give; set them back, or start another run with --run.name=NAME"
         )
+
+
+def describe(
+    ready: Ready, data: PreparedData, world: World, precision: torch.dtype, num_parameters: int
+) -> list[str]:
+    """Say in a few lines what will run: sizes, device, precision, model, data."""
+    config = ready.config
+    per_rank = -(-config.batch.micro_batches_per_step // world.size)
+    device = f"CPU, {config.run.threads} threads a rank"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+    return [
+        f"batch    {world.size} ranks x {per_rank} micro-batches x "
+        f"{config.batch.tokens_per_micro_batch:,} tokens = {config.batch.tokens_per_step:,} a step",
+        f"device   {device}, {str(precision).removeprefix('torch.')}",
+        f"model    {num_parameters:,} parameters, vocabulary {data.vocabulary.target_size:,}",
+        f"data     {len(data.train):,} pairs, {data.manifest.splits['train'].target_tokens:,} "
+        f"target tokens, from {data.directory}",
+    ]
 
 
 def _prepare(config: Config, world: World, stop: StopSignal, data_dir: Path) -> None:

@@ -1,5 +1,7 @@
 """torch.nn's own modules with the weights of ours, to compare with; and sentences to feed both."""
 
+import warnings
+
 import numpy as np
 import torch
 from torch import nn
@@ -113,15 +115,17 @@ def twin_decoder_layer(ours: DecoderBlock) -> nn.TransformerDecoderLayer:
 def twin_transformer(ours: Transformer) -> nn.Transformer:
     """The stacks without embeddings and output; final norms only if the blocks are pre-norm."""
     settings = ours.settings
-    twin = nn.Transformer(
-        settings.hidden_dim,
-        settings.num_heads,
-        settings.num_encoder_layers,
-        settings.num_decoder_layers,
-        settings.feed_forward_dim,
-        batch_first=True,
-        norm_first=settings.norm == "pre",
-    )
+    with warnings.catch_warnings():  # that pre-norm has no fast path
+        warnings.simplefilter("ignore")
+        twin = nn.Transformer(
+            settings.hidden_dim,
+            settings.num_heads,
+            settings.num_encoder_layers,
+            settings.num_decoder_layers,
+            settings.feed_forward_dim,
+            batch_first=True,
+            norm_first=settings.norm == "pre",
+        )
     twin.encoder.layers = nn.ModuleList(twin_encoder_layer(b) for b in ours.encoder.blocks)
     twin.decoder.layers = nn.ModuleList(twin_decoder_layer(b) for b in ours.decoder.blocks)
     twin.encoder.norm, twin.decoder.norm = ours.encoder.norm, ours.decoder.norm

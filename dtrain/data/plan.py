@@ -10,7 +10,7 @@ micro-batches evenly, across windows and epochs; none is dropped and no step is 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -127,10 +127,10 @@ class BatchPlan:
         self._window: tuple[tuple[int, int], list[Ids]] | None = None
         self._micro_batches_before = [0]
 
-    def fingerprint(self, data_fingerprint: str) -> str:
-        """Identify the stream: runs with the same fingerprint see the same micro-batches."""
+    @property
+    def fingerprint(self) -> str:
+        """Identify the stream: with the same data, the same fingerprint means the same batches."""
         facts = {
-            "data": data_fingerprint,
             "batch": self.settings.model_dump(),
             "source_slots": self.source_slots,
             "seed": self.seed,
@@ -281,8 +281,3 @@ class DistributedTokenSampler(DistributedSampler[list[int]]):
             if step.epoch > self.epoch:
                 return
             yield step
-
-
-def cursor_state(cursor: Cursor) -> dict[str, int]:
-    """Give the cursor as JSON holds it; `Cursor(**state)` is the way back."""
-    return asdict(cursor)

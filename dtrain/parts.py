@@ -1,0 +1,83 @@
+"""A run's parts, made from its settings: model, plan, precision, torch's switches."""
+
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+from dtrain import checkpoint
+from dtrain.config import Config
+from dtrain.data.plan import BatchPlan, mix64, source_slots
+from dtrain.data.store import PreparedData
+from dtrain.data.vocabulary import Vocabulary
+from dtrain.model.transformer import Transformer
+from dtrain.run_directory import RunDirectory
+
+
+def build_model(config: Config, vocabulary: Vocabulary) -> Transformer:
+    """Make the model with the seed's random weights, the same on every rank and device."""
+    seed_position(config.run.seed, 0, 0)
+    return Transformer(
+        config.model, vocabulary.source_size, None if vocabulary.shared else vocabulary.target_size
+    )
+
+
+def trained_model(run: Path, wanted: str) -> tuple[Transformer, Config, Vocabulary, Path]:
+    """Load a trained model for use.
+
+    Args:
+        run: its run directory.
+        wanted: which checkpoint: a step, `best`, `last` or the name of an average.
+
+    Returns:
+        The model in eval mode on the CPU, the run's settings, its vocabulary, and the checkpoint.
+
+    Raises:
+        UserError: if there is no such run or checkpoint, or it is damaged.
+    """
+    directory = RunDirectory.existing(run)
+    config, vocabulary = directory.config, Vocabulary.load(run)
+    path = checkpoint.choose(directory.checkpoints, wanted)
+    model = build_model(config, vocabulary)
+    checkpoint.load_module(model, path / checkpoint.MODEL)
+    return model.eval(), config, vocabulary, path
+
+
+def build_plan(config: Config, data: PreparedData) -> BatchPlan:
+    """Lay out the stream of micro-batches."""
+    slots = source_slots(config.batch, data.manifest.length_ratio, config.data.max_length)
+    weights = [corpus.weight for corpus in config.data.train]
+    corpora = list(zip(data.manifest.corpus_sizes, weights, strict=True))
+    return BatchPlan(data.train, config.batch, slots, config.run.seed, corpora)
+
+
+def seed_position(seed: int, step: int, index: int) -> None:
+    """Seed torch for one micro-batch, so that its dropout depends on nothing but its place."""
+    torch.manual_seed(int(mix64(seed, step, index)[0] >> 1))
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Resolve `precision`: bf16 where the GPU has it, else fp16 on CUDA, fp32 on the CPU."""
+    if name == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def configure_torch(config: Config, device: torch.device) -> None:
+    """Set torch's process-wide switches: threads and determinism."""
+    if config.run.threads != "auto":
+        torch.set_num_threads(config.run.threads)
+    if config.run.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
+
+
+def memory_gib(device: torch.device) -> float:
+    """Give the most memory that this rank has held: of the GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

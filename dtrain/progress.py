@@ -1,0 +1,46 @@
+"""Progress: how far a run is; with model, optimizer and scaler all that resuming needs."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dtrain.data.plan import Cursor, PlannedStep
+
+
+@dataclass
+class Progress:
+    """Counts of a run over all its attempts.
+
+    Attributes:
+        step: steps done.
+        tokens: target tokens seen.
+        cursor: where the next step begins.
+        best_score: the best validation so far, higher is better.
+        validations_since_best: validations without a better one.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    best_score: float | None = None
+    validations_since_best: int = 0
+
+    def advance(self, step: PlannedStep) -> None:
+        """Count a step that was run."""
+        self.step += 1
+        self.tokens += step.num_target_tokens
+        self.cursor = step.end
+
+    def note_score(self, score: float) -> None:
+        """Count a validation."""
+        self.validations_since_best += 1
+        if self.best_score is None or score > self.best_score:
+            self.best_score, self.validations_since_best = score, 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Give it as JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> "Progress":
+        """Read back what `to_json` gave."""
+        return cls(**(state | {"cursor": Cursor(**state["cursor"])}))
