@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import lexicon
@@ -46,7 +47,7 @@ from morphology import (
     Verb,
 )
 
-MIN_WORDS, MAX_WORDS = 4, 16
+MIN_WORDS, MAX_WORDS = 5, 16
 
 Pair = tuple[str, str]
 T = TypeVar("T")
@@ -121,7 +122,7 @@ class Author:
         while True:
             english, german = self.pick(self._kinds)()
             has_length = MIN_WORDS <= count_words(english) <= MAX_WORDS
-            if has_length and count_words(german) <= MAX_WORDS and not repeats_noun(english):
+            if has_length and count_words(german) <= MAX_WORDS and not stumbles(english):
                 return english, german
 
     def pick(self, options: Sequence[T]) -> T:
@@ -148,21 +149,26 @@ class Author:
         """My bicycle is older than the red car."""
         kind = self.pick(("person", "animal", "thing", "vehicle"))
         nouns = [noun for noun in NOUNS if noun.kind == kind]
-        subject = self.subject(nouns, known=True)
-        others = [noun for noun in nouns if noun not in nouns_of(subject)]
-        than = self.noun_phrase(others, lexicon.KNOWN_DETERMINERS, described=0.2)
-        gradable = [each for each in lexicon.FITTING[kind] if each.german_comparative]
+        subject = plain(self.subject(nouns, known=True))
+        than = self.noun_phrase(without(nouns, subject), lexicon.KNOWN_DETERMINERS, described=0.2)
+        gradable = [
+            each
+            for each in lexicon.FITTING[kind]
+            if each.german_comparative and each not in than.adjectives
+        ]
         predicate = Predicate(self.pick(gradable), than=than)
         return statement(Clause(subject, lexicon.BE, goal=predicate, tense=self.pick_tense()))
 
     def yes_no_question(self) -> Pair:
         """Did you see the bear in the garden?"""
-        return question(self.told(self.clause(self.pick(lexicon.FRAMES), known=True)))
+        clause = self.clause(self.pick(lexicon.FRAMES), known=True)
+        # Nobody asks others what they do themselves.
+        return self.yes_no_question() if clause.subject is ME else question(self.told(clause))
 
     def open_question(self) -> Pair:
         """Whom does the boy want to help?"""
-        ask = self.pick((self.ask_who, self.ask_whom, self.ask_adverb, self.ask_adverb))
-        return question(ask())
+        clause = self.pick((self.ask_who, self.ask_whom, self.ask_adverb, self.ask_adverb))()
+        return self.open_question() if clause.subject is ME else question(clause)
 
     def report(self) -> Pair:
         """The queen said that the bread was fresh."""
@@ -170,8 +176,11 @@ class Author:
         denied = verb is lexicon.KNOW and self.chance(0.6)
         conjunction = lexicon.WHETHER if verb is lexicon.ASK or denied else lexicon.THAT
         tense = self.pick_tense()
-        clause = self.clause(self.pick(lexicon.FRAMES), known=conjunction is lexicon.WHETHER)
-        clause = self.told(clause, past=True if tense is Tense.PAST else None)
+        if self.chance(0.2):
+            clause = self.being(self.subject(NOUNS, known=True), tense)
+        else:
+            clause = self.clause(self.pick(lexicon.FRAMES), known=conjunction is lexicon.WHETHER)
+            clause = self.told(clause, past=True if tense is Tense.PAST else None)
         reporter = self.subject(PEOPLE, known=True)
         matrix = Clause(reporter, verb, tense=tense, negative=denied)
         return statement(replace(matrix, tail=Subordinate(conjunction, clause)))
@@ -179,22 +188,22 @@ class Author:
     def circumstance(self) -> Pair:
         """Because the dog is tired, it is sleeping in the kitchen."""
         frame = self.pick(EVENTS)
-        first, second = self.mentions(frame)
-        if self.chance(0.4):
-            if self.chance(0.3):  # the weather names nobody, so the pronoun would come too early
-                main, subordinate = self.with_background(self.clause(frame, subject=first), None)
-            else:
-                main, subordinate = self.with_background(self.clause(frame, subject=second), first)
-            return statement(replace(main, lead=subordinate))
-        main, subordinate = self.with_background(self.clause(frame, subject=first), second)
-        return statement(replace(main, tail=subordinate))
+        name, pronoun = self.mentions(frame)
+        if self.chance(0.6):
+            main, subordinate = self.with_background(self.clause(frame, subject=name), pronoun)
+            return statement(replace(main, tail=subordinate))
+        if self.chance(0.3):
+            main, subordinate = self.with_background(self.clause(frame, subject=name), None)
+        else:
+            main, subordinate = self.with_background(self.clause(frame, subject=pronoun), name)
+        return statement(replace(main, lead=subordinate))
 
     def contrast(self) -> Pair:
         """The lamp is old, but it is beautiful. The boy is tired, so he is sleeping."""
         return statement(self.pick((self.but, self.so, self.both, self.object_because))())
 
     def relative_subject(self) -> Pair:
-        """The boy whom the bear follows is very brave."""
+        """The boy whom the bear followed was very brave."""
         past = self.chance(0.5)
         host = self.relative_host(self.pick(NOUNS))
         frames = [each for each in ROLES[host.noun]["subject"] if each not in lexicon.POSITION]
@@ -206,7 +215,7 @@ class Author:
         return statement(self.told(self.clause(frame, subject=subject, brief=True), past=past))
 
     def relative_object(self) -> Pair:
-        """I have found the key that you were looking for."""
+        """Lena found the key that you looked for."""
         past = self.chance(0.5)
         frame = self.pick([each for each in ACTIONS if not each.goals])
         host = self.relative_host(self.pick(frame.objects))
@@ -279,7 +288,8 @@ class Author:
 
     def mentions(self, frame: Frame) -> tuple[Nominal, Nominal]:
         """The same one twice, by name and by pronoun; or two different ones."""
-        name = self.subject(frame.subjects, known=True)
+        living = [noun for noun in frame.subjects if noun.kind in ("person", "animal")]
+        name = self.subject(living, known=True)
         pronoun = pronoun_for(name)
         if pronoun and self.chance(0.75):
             return name, pronoun
@@ -287,9 +297,7 @@ class Author:
 
     def other(self, one: Nominal) -> Nominal:
         """Another person."""
-        return self.noun_phrase(
-            [noun for noun in PEOPLE if noun not in nouns_of(one)], lexicon.KNOWN_DETERMINERS
-        )
+        return self.noun_phrase(without(PEOPLE, one), lexicon.KNOWN_DETERMINERS)
 
     def with_background(self, main: Clause, someone: Nominal | None) -> tuple[Clause, Subordinate]:
         """When, why or despite what it happens: how somebody is, or the weather."""
@@ -309,8 +317,12 @@ class Author:
         return at(main, tense), Subordinate(conjunction, self.reason(someone, tense))
 
     def reason(self, someone: Nominal | None, tense: Tense) -> Clause:
-        """What somebody is like, or likes; or the weather."""
-        if someone is None or self.chance(0.2):
+        """What somebody is like, or likes; or the weather.
+
+        The weather names nobody: it can stand beside a pronoun whose name is in the other clause,
+        but not in place of the name.
+        """
+        if someone is None or (someone.is_pronoun and self.chance(0.3)):
             return self.weather(tense)
         if kind_of(someone) == "person" and self.chance(0.3):
             return at(self.clause(self.pick(ATTITUDES), subject=someone, brief=True), tense)
@@ -325,22 +337,18 @@ class Author:
 
     def being(self, subject: Nominal, tense: Tense) -> Clause:
         """Somebody or something is somehow."""
-        if isinstance(subject, NounPhrase):
-            subject = replace(subject, adjectives=())  # or the small bear would be big
-        adjective = Predicate(
-            self.pick(lexicon.STATES[kind_of(subject)]), self.pick(lexicon.DEGREES)
-        )
-        return at(Clause(subject, lexicon.BE, goal=adjective), tense)
+        adjective = self.pick(lexicon.STATES[kind_of(subject)])
+        degree = ("", "") if adjective in lexicon.ABSOLUTE else self.pick(lexicon.DEGREES)
+        return at(Clause(plain(subject), lexicon.BE, goal=Predicate(adjective, degree)), tense)
 
     def but(self) -> Clause:
         """The lamp is old, but it is beautiful."""
         nouns = [noun for noun in NOUNS if noun.gender != "n" or noun not in PEOPLE]
         subject = self.noun_phrase(nouns, lexicon.KNOWN_DETERMINERS)
         tense = self.pick_tense()
-        first = self.being(subject, tense)
-        second = self.being(subject, tense)
-        if first.goal == second.goal:
-            return self.but()
+        first, second = self.being(subject, tense), self.being(subject, tense)
+        if first.english().split()[-1] == second.english().split()[-1]:
+            return self.but()  # the same adjective, whatever its degree
         second = replace(second, subject=pronoun_for(subject) or subject)
         return replace(first, tail=Coordinate(lexicon.BUT, second))
 
@@ -517,7 +525,7 @@ class Author:
         """Whom or what it is done to; not the subject itself."""
         if choices[0] in PEOPLE and self.chance(0.3):
             return self.pick([each for each in (*PRONOUNS, *NAMES) if differ(each, subject)])
-        others = [noun for noun in choices if noun not in nouns_of(subject)]
+        others = without(choices, subject)
         return self.noun_phrase(others or choices, determiners)
 
     def phrase(self, settings: Sequence[Setting], subject: Nominal) -> Phrase:
@@ -525,7 +533,7 @@ class Author:
         preposition, choices = self.pick(settings)
         if choices[0] in PEOPLE:
             return Phrase(preposition, self.object(choices, subject, lexicon.KNOWN_DETERMINERS))
-        others = [noun for noun in choices if noun not in nouns_of(subject)]
+        others = without(choices, subject)
         nominal = self.noun_phrase(
             others or choices, lexicon.PLACE_DETERMINERS, singular=True, described=0.3
         )
@@ -547,10 +555,19 @@ def at(clause: Clause, tense: Tense) -> Clause:
 
 
 def kind_of(nominal: Nominal) -> str:
-    """What kind of thing it is; pronouns and names are persons here."""
+    """What kind of thing it is; "it" is an animal here, other pronouns and names are persons."""
     if isinstance(nominal, Both):
         return kind_of(nominal.first)
-    return nominal.noun.kind if isinstance(nominal, NounPhrase) else "person"
+    if isinstance(nominal, NounPhrase):
+        return nominal.noun.kind
+    return "animal" if nominal.english(Case.NOMINATIVE) == "it" else "person"
+
+
+def plain(nominal: Nominal) -> Nominal:
+    """The nominal without its adjectives, or the small bear might be big."""
+    if isinstance(nominal, Both):
+        return Both(plain(nominal.first), plain(nominal.second))
+    return replace(nominal, adjectives=()) if isinstance(nominal, NounPhrase) else nominal
 
 
 def nouns_of(nominal: Nominal) -> tuple[Noun, ...]:
@@ -558,6 +575,12 @@ def nouns_of(nominal: Nominal) -> tuple[Noun, ...]:
     if isinstance(nominal, Both):
         return nouns_of(nominal.first) + nouns_of(nominal.second)
     return (nominal.noun,) if isinstance(nominal, NounPhrase) else ()
+
+
+def without(choices: Sequence[Noun], nominal: Nominal) -> list[Noun]:
+    """The nouns that are not in the nominal."""
+    used = nouns_of(nominal)
+    return [noun for noun in choices if noun not in used]
 
 
 def differ(one: Nominal, other: Nominal) -> bool:
@@ -579,8 +602,9 @@ def count_words(text: str) -> int:
     return len(text.split())
 
 
-def repeats_noun(english: str) -> bool:
-    """Whether a noun comes twice: the king helps the king."""
+def stumbles(english: str) -> bool:
+    """Whether a noun comes twice, or any word twice in a row: we gave her her book."""
     words = english.lower().rstrip(".?").replace(",", "").split()
     nouns = [SINGULARS[word] for word in words if word in SINGULARS]
-    return len(nouns) != len(set(nouns))
+    is_doubled = any(word == following for word, following in pairwise(words))
+    return is_doubled or len(nouns) != len(set(nouns))

@@ -55,7 +55,7 @@ class Order(Enum):
 
 def join(words: Iterable[str]) -> str:
     """Join the words that are not empty with single spaces."""
-    return " ".join(word for word in words if word)
+    return " ".join(filter(None, words))
 
 
 def sentence(text: str, mark: str = ".") -> str:
@@ -615,11 +615,6 @@ def english_be(person: Person, tense: Tense) -> str:
     if tense is Tense.PAST:
         return "was" if person in (Person.FIRST, Person.THIRD) else "were"
     return {Person.FIRST: "am", Person.THIRD: "is"}.get(person, "are")
-
-
-def relative(phrase: NounPhrase, clause: Clause) -> NounPhrase:
-    """Attach a clause, in which a `RelativePronoun` of the phrase stands, to the phrase."""
-    return replace(phrase, relative=clause)
 
 
 def statement(clause: Clause) -> tuple[str, str]:

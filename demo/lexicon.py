@@ -392,7 +392,7 @@ WHERE: tuple[Setting, ...] = (
     (BEFORE, _BUILDINGS),
     (BESIDE, nouns("door window tree station")),
 )
-HOMES: tuple[Setting, ...] = ((IN, nouns("house town village castle street forest")),)
+HOMES: tuple[Setting, ...] = ((IN, nouns("house town village castle forest")),)
 WATERS: tuple[Setting, ...] = ((IN, nouns("lake river")),)
 WHITHER: tuple[Setting, ...] = (
     (INTO, _ENCLOSED),

@@ -92,7 +92,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def steps_saved(folder: Path) -> list[Path]:
     """List the checkpoints of single steps, newest first, by number; unverified."""
-    return sorted(folder.glob("step-[0-9]*"), key=lambda path: int(path.name[5:]), reverse=True)
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:

@@ -1,5 +1,6 @@
 """World: ranks, devices and every collective. One process is a world of one."""
 
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,12 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.errors import UserError
+
+# What PyTorch 2.13 calls forward_sync_buffers was broadcast_buffers before. The only buffer is the
+# table of positions, the same everywhere.
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"
 
 HEARTBEAT_SECONDS = 5.0
 HEARTBEATS_MISSED = 12  # after a minute without a sign of rank 0 the others give up
@@ -58,7 +65,7 @@ class World:
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,
+            **{_SYNC_BUFFERS: False},
         )
 
     def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:

@@ -80,10 +80,10 @@ class Metrics:
                 moved to `metrics.discarded.jsonl`, as those steps are done again.
         """
         record = Record(run, resume_step)
+        run_id = None if settings.mode == "disabled" else _wandb_id(run / "run.json")
         console = open_console(max_steps, resume_step)
         feed = None
-        if settings.mode != "disabled":
-            run_id = _wandb_id(run / "run.json")
+        if run_id is not None:
             try:
                 feed = WandbFeed(run, run_id, settings.model_dump(), config, console.message)
             except OSError as error:

@@ -5,11 +5,11 @@
 
 import sys
 
-from dtrain.commands.train import parse
-
 if __name__ == "__main__":
     # `--help` and a mistake in the settings are answered before the imports that cost seconds.
-    parse(sys.argv[1:])
+    from dtrain.commands.train import parse
+
+    CONFIG = parse(sys.argv[1:])
 
 import math
 import time
@@ -326,4 +326,4 @@ class Training:
 
 if __name__ == "__main__":
     with shown_to_user():
-        sys.exit(run(parse(sys.argv[1:])))
+        sys.exit(run(CONFIG))

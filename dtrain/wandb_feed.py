@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -62,14 +63,16 @@ class WandbFeed:
         """
         self._say = say
         (run / "wandb").mkdir(exist_ok=True)
-        job = {
-            "run": str(run),
-            "id": run_id,
-            "settings": settings,
-            "config": config,
-            "parent": os.getpid(),
-            "argv": sys.argv,
-        }
+        job = json.dumps(
+            {
+                "run": str(run),
+                "id": run_id,
+                "settings": settings,
+                "config": config,
+                "parent": os.getpid(),
+                "argv": sys.argv,
+            }
+        )
         package_root = str(Path(__file__).parent.parent)
         paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._log = run / "wandb" / "feed.log"
@@ -84,23 +87,28 @@ class WandbFeed:
                 encoding="utf-8",
                 start_new_session=True,  # Ctrl-C is for the training
             )
+        assert self._process.stdin is not None
+        self._orders = self._process.stdin
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-        self._tell(json.dumps(job))
+        self._tell(job)
 
     def close(self, outcome: Outcome) -> None:
         """Let W&B take what it has not got yet, for a bounded time."""
         seconds = _SECONDS_TO_FINISH[outcome]
         self._tell(outcome)
-        if not self._ended(5.0):
+        patience = min(5.0, seconds)
+        if not self._ended(patience):
             self._say(f"waiting for W&B, {seconds:.0f} s at most")
-        if not self._ended(seconds - 5.0):
+        if not self._ended(seconds - patience):
             self._process.kill()
             self._process.wait()
             self._say(f"W&B did not finish within {seconds:.0f} s; metrics.jsonl has everything")
         elif self._process.returncode != 0:
             self._say(f"W&B stopped, see {self._log}; metrics.jsonl has everything")
         self._listener.join(1.0)
+        with contextlib.suppress(OSError):
+            self._orders.close()
 
     def _ended(self, seconds: float) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -108,15 +116,15 @@ class WandbFeed:
         return self._process.returncode is not None
 
     def _tell(self, line: str) -> None:
-        assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended: then there is nobody to tell
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
+            self._orders.write(line + "\n")
+            self._orders.flush()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._say(json.loads(line))
+        with self._process.stdout as messages:
+            for line in messages:
+                self._say(json.loads(line))
 
 
 def main() -> None:
@@ -132,11 +140,13 @@ def main() -> None:
     job = json.loads(orders.readline())
     threading.Thread(target=_end_with, args=(job["parent"],), daemon=True).start()
     sys.argv = job["argv"]
-    _Feed(job, orders, messages).run()
-    # W&B's own clean-up at exit may wait for the network for long.
-    ender = threading.Timer(5.0, os._exit, args=(0,))
-    ender.daemon = True
-    ender.start()
+    # What an offline run needs for its upload stays with it, not in a home directory.
+    os.environ.setdefault("WANDB_DATA_DIR", str(Path(job["run"], "wandb", "data").absolute()))
+    with tempfile.TemporaryDirectory(prefix="dtrain-", ignore_cleanup_errors=True) as folder:
+        # W&B leaves temporary files behind, and cleans up slowly where the network is down.
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        _Feed(job, orders, messages).run()
+    os._exit(0)
 
 
 def _end_with(parent: int) -> None:
@@ -213,12 +223,17 @@ class _Feed:
             "console": "off",
             "finish_timeout": _SECONDS_TO_FINISH["completed"] - 10.0,
             "init_timeout": _SECONDS_TO_INIT,
+            "program": self._job["argv"][0],
             "save_code": False,
             "silent": True,
             "stop_fn": lambda: os.kill(training, signal.SIGINT),  # the stop button on W&B's page
             "x_stats_pid": training,
         }
-        known = {name: v for name, v in wanted.items() if name in wandb.Settings.model_fields}
+        chosen = {
+            name: value
+            for name, value in wanted.items()
+            if name in wandb.Settings.model_fields and f"WANDB_{name.upper()}" not in os.environ
+        }
         run = wandb.init(
             id=self._job["id"],
             dir=self._run,
@@ -231,7 +246,7 @@ class _Feed:
             tags=given["tags"] or None,
             notes=given["notes"],
             config=self._job["config"],
-            settings=wandb.Settings(**known),
+            settings=wandb.Settings(**chosen),
         )
         for names in ("*", "train/*", "validation/*"):
             run.define_metric(names, step_metric="step")
@@ -265,7 +280,10 @@ class _Feed:
     def _heard(self) -> str | None:
         """Wait a moment for the training's last word; a training that is gone has failed."""
         ready, _, _ = select.select([self._orders], [], [], 1.0)
-        return (self._orders.readline().decode().strip() or "failed") if ready else None
+        if ready:
+            return self._orders.readline().decode().strip() or "failed"
+        # A process forked by the training may hold the pipe open.
+        return None if os.getppid() == self._job["parent"] else "failed"
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the training is gone

@@ -27,7 +27,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(verdict(status))
         return 0
     lines = read_metrics(run.path / "metrics.jsonl")
-    saved = sorted(run.checkpoints.glob("step-[0-9]*"), key=lambda path: int(path.name[5:]))
+    saved = list(run.checkpoints.glob("step-*[0-9]"))
+    saved.sort(key=lambda path: int(path.name[5:]))
     facts: dict[str, Any] = {
         "run": str(run.path),
         **{key: status.get(key) for key in ("status", "step", "exit_code", "why")},

@@ -1,0 +1,427 @@
+"""The promises of a training run, end to end, on real ranks."""
+
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from worlds import run_world
+
+from dtrain import train
+from dtrain.batch import Batch
+from dtrain.checkpoint import steps_saved
+from dtrain.config import Config
+from dtrain.data.loader import LoadedStep, collate
+from dtrain.data.plan import Cursor, DistributedTokenSampler
+from dtrain.distributed import connect
+from dtrain.errors import UserError
+from dtrain.loss import Objective
+from dtrain.preemption import StopSignal
+from dtrain.start import get_ready
+
+TIMING = {
+    "train/tokens_per_second",
+    "train/step_seconds",
+    "train/data_wait_share",
+    "train/memory_gib",
+}
+
+
+def run(config: Config, stop_after: int = 0, signalled_rank: int = 0) -> int:
+    """Train on this rank; one rank gets SIGTERM in the middle of step `stop_after`."""
+    backward = train.Training.backward
+
+    def backward_with_signal(self, batch, weight):
+        if self.progress.step + 1 == stop_after and self.world.rank == signalled_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(self, batch, weight)
+
+    train.Training.backward = backward_with_signal
+    try:
+        return train.run(config)
+    finally:
+        train.Training.backward = backward
+
+
+def last_weights(config: Config) -> dict[str, str]:
+    """SHA-256 of model and optimizer in the newest checkpoint."""
+    newest = steps_saved(config.run_dir / "checkpoints")[0]
+    files = json.loads((newest / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
+    return {name: files[name]["sha256"] for name in ("model.safetensors", "optimizer.safetensors")}
+
+
+def metrics_of(config: Config) -> list[dict[str, float]]:
+    """All lines of metrics.jsonl, without what depends on the clock."""
+    lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in TIMING}
+        for line in lines
+    ]
+
+
+def status_of(config: Config) -> dict[str, object]:
+    return json.loads((config.run_dir / "status.json").read_text(encoding="utf-8"))
+
+
+def same_after_a_stop(toy, size: int, **changes: object) -> None:
+    straight = toy("straight", **changes)
+    stopped = toy("stopped", **changes)
+    assert run_world(size, run, straight) == [0] * size
+    assert run_world(size, run, stopped, 5, size - 1) == [0] * size
+    assert status_of(stopped)["status"] == "preempted"
+    assert status_of(stopped)["step"] == 5
+    assert run_world(size, run, stopped) == [0] * size
+    assert status_of(stopped)["status"] == "completed"
+    assert last_weights(stopped) == last_weights(straight)
+    assert metrics_of(stopped) == metrics_of(straight)
+    assert [line["step"] for line in metrics_of(stopped)] == list(range(1, 13))
+
+
+def test_stop_and_go_on_is_the_same_run_bit_for_bit(toy):
+    same_after_a_stop(toy, 1)
+
+
+def test_two_ranks_stop_at_the_same_step_and_go_on_the_same(toy):
+    same_after_a_stop(toy, 2, validation__every_steps=6, validation__beam_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [3, 4])
+def test_more_ranks_and_several_buckets_go_on_bit_for_bit(toy, size):
+    """Over 2 MiB of gradients: DistributedDataParallel reduces them in several buckets."""
+    same_after_a_stop(toy, size, model__feed_forward_dim=8192)
+
+
+def test_another_seed_is_another_run(toy):
+    first, other = toy("first"), toy("other", run__seed=2)
+    run_world(1, run, first)
+    run_world(1, run, other)
+    assert last_weights(first) != last_weights(other)
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_sees_the_same_plan_and_loss(toy):
+    losses = {}
+    for size in (1, 2, 3, 4):
+        config = toy(f"on-{size}", run__max_steps=40)
+        run_world(size, run, config)
+        losses[size] = [line["train/loss"] for line in metrics_of(config)]
+        tokens = [line["tokens"] for line in metrics_of(config)]
+        assert tokens == [line["tokens"] for line in metrics_of(toy("on-1"))]
+    for size in (2, 3, 4):
+        worst = max(abs(a - b) for a, b in zip(losses[size], losses[1], strict=True))
+        assert worst < 1e-5, f"{size} ranks differ by {worst}"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(toy):
+    straight, moved = toy("straight"), toy("moved")
+    run_world(1, run, straight)
+    run_world(3, run, moved, 5, 2)
+    run_world(2, run, moved)
+    for ours, theirs in zip(metrics_of(moved), metrics_of(straight), strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+
+
+# ------------------------------------------------------------------ gradients
+
+
+Gradients = dict[str, np.ndarray]
+
+
+def gradients_of_a_step(config: Config) -> Gradients:
+    """Run the first step as training does, and take the gradients instead of the update."""
+    with StopSignal() as stop, connect("cpu", 60) as world:
+        training = train.Training(get_ready(config, world, stop), world, stop)
+        training.metrics = train.Metrics.silent()
+        training.discarded_backward()
+        taken: Gradients = {}
+
+        def take(step: int) -> torch.Tensor:
+            taken.update((n, p.grad.numpy().copy()) for n, p in training.model.named_parameters())
+            training.optimizer.zero_grad(set_to_none=True)
+            return torch.zeros(())
+
+        training.update = take
+        sampler = DistributedTokenSampler(training.plan, world.size, world.rank)
+        planned = next(training.plan.steps(Cursor()))
+        batches = [
+            (i, collate(training.plan, training.data.train, ids))
+            for i, ids in sampler.share(planned)
+        ]
+        training.train_step(LoadedStep(planned, batches), 0.0)
+        return taken
+
+
+def reference_gradients(config: Config, mean_of_means: bool = False) -> Gradients:
+    """The same in float64: one process, whole sentences in padded batches."""
+    with StopSignal() as stop, connect("cpu", 60) as world:
+        training = train.Training(get_ready(config, world, stop), world, stop)
+        objective = Objective(training.model.double(), config.loss.label_smoothing)
+        planned = next(training.plan.steps(Cursor()))
+        for ids in planned.micro_batches:
+            (source, source_lengths), (target, target_lengths) = training.data.train.gather(ids)
+            batch = Batch.padded(
+                [
+                    s.tolist()
+                    for s in torch.tensor(source.astype(int)).split(source_lengths.tolist())
+                ],
+                [
+                    t.tolist()
+                    for t in torch.tensor(target.astype(int)).split(target_lengths.tolist())
+                ],
+            )
+            count = batch.num_tokens * len(planned.micro_batches)
+            loss = objective(batch)[0]
+            (loss / (count if mean_of_means else planned.num_target_tokens)).backward()
+        return {name: p.grad.numpy() for name, p in training.model.named_parameters()}
+
+
+def worst_difference(found, expected) -> float:
+    return max(float(np.abs(found[name] - expected[name]).max()) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation"),
+    [
+        pytest.param(w, a, marks=[] if (w, a) in ((1, 1), (2, 2), (3, 1)) else pytest.mark.slow)
+        for w in (1, 2, 3, 4)
+        for a in (1, 2, 4)
+    ],
+)
+def test_gradients_are_those_of_one_process_in_float64(toy, size, accumulation):
+    count = size * accumulation
+    config = toy("run", batch__tokens_per_step=128 * count, model__dropout=0.0)
+    expected = run_world(1, reference_gradients, config)[0]
+    for found in run_world(size, gradients_of_a_step, config):
+        assert worst_difference(found, expected) < 1e-6
+    if count > 1:
+        means = run_world(1, reference_gradients, config, True)[0]
+        assert worst_difference(means, expected) > 1e-5, "the usual mistake would go unnoticed"
+
+
+def test_uneven_shares_give_the_same_gradients(toy):
+    """Four micro-batches on three ranks: two of the ranks run an empty one besides."""
+    config = toy("run", model__dropout=0.0)
+    expected = run_world(1, reference_gradients, config)[0]
+    for found in run_world(3, gradients_of_a_step, config):
+        assert worst_difference(found, expected) < 1e-6
+
+
+# ------------------------------------------------------------------ who writes
+
+
+def written_paths(config: Config) -> list[str]:
+    """Train, and note every file or directory of the run that this rank creates or renames."""
+    written, folder = [], str(config.run_dir)
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        path = str(arguments[0]) if arguments else ""
+        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_ACCMODE
+        )
+        if writes and path.startswith(folder):
+            written.append(path)
+
+    sys.addaudithook(note)
+    train.run(config)
+    return written
+
+
+def test_only_rank_0_writes(toy):
+    first, *others = run_world(3, written_paths, toy("run", checkpoint__every_steps=4))
+    assert len(first) > 10
+    assert others == [[], []]
+
+
+# ------------------------------------------------------------------ starts and refusals
+
+
+def test_missing_tokens_are_prepared_by_rank_0(toy, tmp_path):
+    config = toy("run", run__max_steps=2, data__dir=tmp_path / "tokens")
+    assert run_world(2, run, config) == [0, 0]
+    assert (tmp_path / "tokens" / "manifest.json").exists()
+
+
+def refusal(config: Config) -> str:
+    with pytest.raises(UserError) as caught:
+        train.run(config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_mistake_in_the_data_is_one_error_on_all_ranks(toy, tmp_path, size):
+    (tmp_path / "a.en").write_text("one\ntwo\n", encoding="utf-8")
+    (tmp_path / "a.de").write_text("eins\n", encoding="utf-8")
+    pair = f"[{{source: {tmp_path}/a.en, target: {tmp_path}/a.de}}]"
+    config = toy("run", data__train=pair, data__dir=tmp_path / "tokens")
+    messages = run_world(size, refusal, config)
+    assert len(set(messages)) == 1
+    assert "a.en" in messages[0]
+    assert "a.de" in messages[0]
+    assert not config.run_dir.exists()
+
+
+def test_changed_settings_are_refused_and_named(toy):
+    run_world(1, run, toy("run", run__max_steps=2))
+    message = run_world(1, refusal, toy("run", run__seed=3, model__dropout=0.2))[0]
+    assert "run.seed: 1 -> 3" in message
+    assert "model.dropout: 0.1 -> 0.2" in message
+    assert "--run.name=" in message
+
+
+def test_changed_text_is_refused(toy, toy_text, tmp_path):
+    run_world(1, run, toy("run", run__max_steps=2))
+    lines = (toy_text / "train.en").read_text(encoding="utf-8").split("\n")
+    (tmp_path / "new.en").write_text("\n".join(["red red dog", *lines[1:]]), encoding="utf-8")
+    pair = f"[{{source: {tmp_path}/new.en, target: {toy_text}/train.de}}]"
+    changed = toy("run", data__train=pair, data__dir=tmp_path / "tokens")
+    assert "another training text" in run_world(1, refusal, changed)[0]
+
+
+def test_more_steps_go_on_and_a_finished_run_stays_as_it_is(toy):
+    run_world(1, run, toy("run", run__max_steps=3))
+    run_world(1, run, toy("run", run__max_steps=6))
+    weights = last_weights(toy("run"))
+    run_world(1, run, toy("run", run__max_steps=6))
+    assert last_weights(toy("run")) == weights
+    assert [line["step"] for line in metrics_of(toy("run"))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_epochs_end_a_run(toy):
+    config = toy("run", run__max_steps=0, run__max_epochs=2)
+    run_world(1, run, config)
+    lines = metrics_of(config)
+    assert lines[-1]["epoch"] == 1
+    assert status_of(config)["status"] == "completed"
+
+
+def test_fine_tuning_starts_from_another_runs_weights_and_vocabulary(toy, toy_text, tmp_path):
+    base = toy("base", run__max_steps=3)
+    run_world(1, run, base)
+    pair = f"[{{source: {toy_text}/test.en, target: {toy_text}/test.de}}]"
+    tuned = toy(
+        "tuned",
+        run__init_from=base.run_dir,
+        data__train=pair,
+        data__dir=tmp_path / "tokens",
+        optimizer__learning_rate=1e-30,
+        run__max_steps=1,
+    )
+    run_world(1, run, tuned)
+    same = [(c.run_dir / "vocabulary.model").read_bytes() for c in (base, tuned)]
+    assert same[0] == same[1]
+    weights = [
+        load_file(steps_saved(c.run_dir / "checkpoints")[0] / "model.safetensors")
+        for c in (base, tuned)
+    ]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value)
+
+
+def test_a_failure_is_written_down(toy):
+    config = toy("run")
+
+    def failing(config: Config) -> None:
+        train.Training.update = lambda *_: 1 / 0
+        train.run(config)
+
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        run_world(1, failing, config)
+    assert status_of(config)["status"] == "failed"
+    assert "ZeroDivisionError" in str(status_of(config)["why"])
+
+
+def test_patience_ends_a_run(toy):
+    config = toy(
+        "run",
+        validation__every_steps=1,
+        validation__beam_size=1,
+        validation__patience=2,
+        optimizer__learning_rate=1e-30,
+    )
+    run_world(1, run, config)
+    assert status_of(config)["step"] == 3
+    assert status_of(config)["status"] == "completed"
+
+
+# ------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_keeps_weights_and_moments_in_fp32(toy, precision):
+    same_after_a_stop(toy, 1, precision=precision)
+    newest = steps_saved(toy("stopped").run_dir / "checkpoints")[0]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert {tensor.dtype for tensor in load_file(newest / file).values()} == {torch.float32}
+    scaler = json.loads((newest / "state.json").read_text(encoding="utf-8"))["scaler"]
+    assert bool(scaler) == (precision == "fp16")
+    assert (
+        metrics_of(toy("stopped"))[-1]["train/loss"] < metrics_of(toy("stopped"))[0]["train/loss"]
+    )
+
+
+def run_with_infinite_gradient(config: Config) -> None:
+    backward = train.Training.backward
+
+    def spoilt(self, batch, weight):
+        sums = backward(self, batch, weight)
+        if self.progress.step + 1 == 3 and self.world.rank == self.world.size - 1:
+            next(self.model.parameters()).grad.flatten()[0] = math.inf
+        return sums
+
+    train.Training.backward = spoilt
+    train.run(config)
+
+
+def test_an_update_that_is_not_finite_is_skipped(toy):
+    config = toy("run", checkpoint__every_steps=1, checkpoint__keep_last=9, run__max_steps=4)
+    run_world(1, run_with_infinite_gradient, config)
+    fourth, third, second, _ = (
+        load_file(path / "model.safetensors")
+        for path in steps_saved(config.run_dir / "checkpoints")
+    )
+    assert all(torch.equal(third[name], second[name]) for name in third)
+    assert any(not torch.equal(fourth[name], third[name]) for name in third)
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_training(toy):
+    plain, compiled = toy("plain", run__max_steps=3), toy("compiled", run__max_steps=3)
+    run_world(1, run, plain)
+    compiled = toy("compiled", run__max_steps=3, kernels__compile="true", model__dropout=0.0)
+    eager = toy("eager", run__max_steps=3, model__dropout=0.0)
+    run_world(1, run, compiled, timeout=300)
+    run_world(1, run, eager)
+    for ours, theirs in zip(metrics_of(compiled), metrics_of(eager), strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-4)
+    names = [
+        set(load_file(steps_saved(c.run_dir / "checkpoints")[0] / "model.safetensors"))
+        for c in (compiled, plain)
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_it_learns_the_toy_language(toy):
+    config = toy(
+        "run",
+        run__max_steps=500,
+        model__hidden_dim=64,
+        model__dropout=0.0,
+        schedule__warmup_steps=100,
+        optimizer__learning_rate=1.5,
+        validation__every_steps=500,
+        validation__beam_size=2,
+        metrics__every_steps=50,
+    )
+    run_world(2, run, config, timeout=240)
+    assert metrics_of(config)[-1]["validation/bleu"] > 80
