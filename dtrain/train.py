@@ -322,6 +322,7 @@ class Training:
         if self.world.is_main:
             self.directory.write_status(status, step, 0, why)
         self.metrics.message(why + ("" if self.end_reached() else "; the same command goes on"))
+        self.metrics.close(status)
 
 
 if __name__ == "__main__":

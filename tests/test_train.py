@@ -139,7 +139,9 @@ Gradients = dict[str, np.ndarray]
 def gradients_of_a_step(config: Config) -> Gradients:
     """Run the first step as training does, and take the gradients instead of the update."""
     with StopSignal() as stop, connect("cpu", 60) as world:
-        training = train.Training(get_ready(config, world, stop), world, stop)
+        training = train.Training(
+            world.from_main(lambda: get_ready(config, world, stop)), world, stop
+        )
         training.metrics = train.Metrics.silent()
         training.discarded_backward()
         taken: Gradients = {}
@@ -163,7 +165,9 @@ def gradients_of_a_step(config: Config) -> Gradients:
 def reference_gradients(config: Config, mean_of_means: bool = False) -> Gradients:
     """The same in float64: one process, whole sentences in padded batches."""
     with StopSignal() as stop, connect("cpu", 60) as world:
-        training = train.Training(get_ready(config, world, stop), world, stop)
+        training = train.Training(
+            world.from_main(lambda: get_ready(config, world, stop)), world, stop
+        )
         objective = Objective(training.model.double(), config.loss.label_smoothing)
         planned = next(training.plan.steps(Cursor()))
         for ids in planned.micro_batches:
