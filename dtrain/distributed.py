@@ -61,11 +61,12 @@ class World:
         """Let backward average gradients over the ranks; a world of one needs no wrapper."""
         if self.size == 1:
             return module
+        buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
         return DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            **{_SYNC_BUFFERS: False},
+            **buffers,
         )
 
     def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:

@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import sys
-from pathlib import Path
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from dtrain.batch import Batch
 from dtrain.checkpoint import steps_saved
 from dtrain.config import Config
 from dtrain.data.loader import LoadedStep, collate
-from dtrain.data.plan import Cursor, DistributedTokenSampler
+from dtrain.data.plan import BatchPlan, Cursor, DistributedTokenSampler, PlannedStep
 from dtrain.distributed import connect
 from dtrain.errors import UserError
 from dtrain.loss import Objective
@@ -136,6 +136,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(toy):
 Gradients = dict[str, np.ndarray]
 
 
+def most_ragged_step(plan: BatchPlan) -> PlannedStep:
+    """Find a step whose micro-batches have unequal numbers of tokens: full and part-empty ones."""
+
+    def spread(step: PlannedStep) -> int:
+        counts = [int(plan.lengths.target_lengths(ids).sum()) for ids in step.micro_batches]
+        return max(counts) - min(counts)
+
+    return max(islice(plan.steps(Cursor()), 60), key=spread)
+
+
 def gradients_of_a_step(config: Config) -> Gradients:
     """Run the first step as training does, and take the gradients instead of the update."""
     with StopSignal() as stop, connect("cpu", 60) as world:
@@ -153,7 +163,7 @@ def gradients_of_a_step(config: Config) -> Gradients:
 
         training.update = take
         sampler = DistributedTokenSampler(training.plan, world.size, world.rank)
-        planned = next(training.plan.steps(Cursor()))
+        planned = most_ragged_step(training.plan)
         batches = [
             (i, collate(training.plan, training.data.train, ids))
             for i, ids in sampler.share(planned)
@@ -169,7 +179,7 @@ def reference_gradients(config: Config, mean_of_means: bool = False) -> Gradient
             world.from_main(lambda: get_ready(config, world, stop)), world, stop
         )
         objective = Objective(training.model.double(), config.loss.label_smoothing)
-        planned = next(training.plan.steps(Cursor()))
+        planned = most_ragged_step(training.plan)
         for ids in planned.micro_batches:
             (source, source_lengths), (target, target_lengths) = training.data.train.gather(ids)
             batch = Batch.padded(
