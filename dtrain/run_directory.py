@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from dtrain.checkpoint import write_json
 from dtrain.config import Config, changed_settings, load_config
+from dtrain.data.vocabulary import Vocabulary
 from dtrain.errors import UserError
 from dtrain.progress import Progress
 
@@ -38,23 +39,26 @@ class RunDirectory:
             raise UserError(f"{path} is not a run directory: it has no {run.config_file.name}")
         return run
 
-    def claim(self, config: Config) -> None:
-        """Begin the directory with these settings, or check that a begun one has the same.
+    def check(self, config: Config) -> None:
+        """Make sure that a begun run goes on with the settings that it was begun with.
 
         Raises:
             UserError: naming each setting that differs and what to do.
         """
-        if self.config_file.exists():
-            changes = changed_settings(self.config, config)
-            if changes:
-                raise UserError(
-                    f"{self.path} was begun with other settings ({'; '.join(changes)}); set them "
-                    f"back, or start another run with --run.name=NAME"
-                )
+        changes = changed_settings(self.config, config) if self.config_file.exists() else []
+        if changes:
+            raise UserError(
+                f"{self.path} was begun with other settings ({'; '.join(changes)}); set them "
+                f"back, or start another run with --run.name=NAME"
+            )
+
+    def claim(self, config: Config, vocabulary: Vocabulary) -> None:
+        """Keep the settings, and the vocabulary, so that the run is complete in itself."""
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.config_file.with_name(".config.yaml")
         temporary.write_text(config.to_yaml(), encoding="utf-8")
         temporary.replace(self.config_file)
+        vocabulary.save(self.path)
 
     @property
     def config(self) -> Config:

@@ -1,5 +1,6 @@
 """What rank 0 gets ready before training: tokens, run directory, and where to go on from."""
 
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from dtrain.data.preparation import is_prepared, prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.distributed import World, cores
 from dtrain.errors import UserError
+from dtrain.parts import build_plan
 from dtrain.preemption import StopSignal
 from dtrain.run_directory import RunDirectory
 
@@ -45,11 +47,15 @@ def get_ready(config: Config, world: World, stop: StopSignal) -> Ready:
     data_dir = prepared_directory(config.data, config.vocabulary, config.vocabulary_of)
     if not is_prepared(config.data, config.vocabulary, data_dir, config.vocabulary_of):
         _prepare(config, world, stop, data_dir)
+    data = PreparedData.open(data_dir)
     run = RunDirectory(config.run_dir)
     config = _with_threads(config, run, world)
-    run.claim(config)
-    PreparedData.open(data_dir).vocabulary.save(run.path)
+    run.check(config)
     resume_from, notices = checkpoint.newest(run.checkpoints)
+    if resume_from is not None:
+        saved = checkpoint.read_state(resume_from)["data"]
+        check_identity(saved, identity(data, build_plan(config, data)), run.path)
+    run.claim(config, data.vocabulary)
     return Ready(config, data_dir, resume_from, notices)
 
 
@@ -98,9 +104,10 @@ def describe(
 def _prepare(config: Config, world: World, stop: StopSignal, data_dir: Path) -> None:
     """Run `dtrain prepare` as a process of its own, so that this one stays responsive."""
     if config.run.prepare is False or (config.run.prepare == "auto" and world.num_nodes > 1):
+        arguments = shlex.join(word for word in sys.argv[1:] if word != "train")
         raise UserError(
-            f"nothing is prepared in {data_dir}. Run this first, once, with your config file:\n"
-            f"        dtrain prepare --config {config.run.name}.yaml\n"
+            f"nothing is prepared in {data_dir}. Run this once, on one machine:\n"
+            f"        dtrain prepare {arguments}\n"
             "        or let rank 0 do it while the others wait: --run.prepare=true"
         )
     with tempfile.TemporaryDirectory() as folder:

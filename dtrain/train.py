@@ -42,7 +42,7 @@ from dtrain.preemption import StopSignal
 from dtrain.progress import Progress
 from dtrain.run_directory import RunDirectory, Status
 from dtrain.schedule import learning_rate
-from dtrain.start import Ready, check_identity, describe, get_ready, identity
+from dtrain.start import Ready, describe, get_ready, identity
 
 NUM_SAMPLES = 5
 
@@ -85,7 +85,6 @@ class Training:
         path = self.ready.resume_from
         if path is not None:
             state = checkpoint.read_state(path)
-            check_identity(state["data"], identity(self.data, self.plan), self.directory.path)
             checkpoint.load_module(self.model, path / checkpoint.MODEL)
             checkpoint.load_optimizer(self.optimizer, self.model, path / checkpoint.OPTIMIZER)
             self.scaler.load_state_dict(state["scaler"])

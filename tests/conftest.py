@@ -11,7 +11,20 @@ from dtrain.data.preparation import prepare, prepared_directory
 
 torch.set_num_threads(1)
 
-WORDS = "red blue green small big old new cat dog bird house tree sees has likes takes".split()
+WORDS = [
+    "red",
+    "blue",
+    "small",
+    "big",
+    "old",
+    "new",
+    "cat",
+    "dog",
+    "bird",
+    "house",
+    "sees",
+    "likes",
+]
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +55,7 @@ data:
   dir: {toy_text}/prepared
   max_length: 40
 {splits}
-vocabulary: {{size: 56}}
+vocabulary: {{size: 48}}
 model: {{hidden_dim: 32, num_heads: 2, feed_forward_dim: 64, num_encoder_layers: 1,
         num_decoder_layers: 1, max_decode_length: 40}}
 batch: {{tokens_per_step: 512, tokens_per_micro_batch: 128}}

@@ -125,7 +125,7 @@ def test_prune_keeps_the_last_and_the_best(tmp_path):
     assert checkpoint.choose(tmp_path, "best").name == "step-0000000002"
     assert checkpoint.choose(tmp_path, "last").name == "step-0000000006"
     assert checkpoint.choose(tmp_path, "4").name == "step-0000000004"
-    with pytest.raises(CheckpointError, match="there is no checkpoint '3' .*step-0000000002"):
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint '3' .*step-0000000002"):
         checkpoint.choose(tmp_path, "3")
 
 
@@ -178,7 +178,9 @@ def test_everything_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     events = []
     sync, rename = os.fsync, Path.rename
     monkeypatch.setattr(
-        os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd))
+        os,
+        "fsync",
+        lambda fd: (events.append(str(Path(f"/proc/self/fd/{fd}").readlink())), sync(fd)),
     )
     monkeypatch.setattr(
         Path, "rename", lambda self, to: (events.append("rename"), rename(self, to))[1]

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ def test_others_rise_to_their_peak(name):
 
 def test_linear_falls_at_a_constant_slope_to_zero():
     rates = rates_of("linear")
-    slopes = {round(a - b, 12) for a, b in zip(rates[9:], rates[10:], strict=False)}
+    slopes = {round(a - b, 12) for a, b in pairwise(rates[9:])}
     assert slopes == {round(0.3 / 40, 12)}
     assert rates[-1] == pytest.approx(0)
 

@@ -5,7 +5,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from dtrain.data import store
+from dtrain.data import preparation, store
 from dtrain.data.corpus import read_lines
 from dtrain.data.preparation import prepare, prepared_directory
 from dtrain.data.settings import DataSettings, VocabularySettings

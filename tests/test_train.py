@@ -156,7 +156,7 @@ def gradients_of_a_step(config: Config) -> Gradients:
         training.discarded_backward()
         taken: Gradients = {}
 
-        def take(step: int) -> torch.Tensor:
+        def take(_: int) -> torch.Tensor:
             taken.update((n, p.grad.numpy().copy()) for n, p in training.model.named_parameters())
             training.optimizer.zero_grad(set_to_none=True)
             return torch.zeros(())
@@ -297,7 +297,9 @@ def test_changed_text_is_refused(toy, toy_text, tmp_path):
     (tmp_path / "new.en").write_text("\n".join(["red red dog", *lines[1:]]), encoding="utf-8")
     pair = f"[{{source: {tmp_path}/new.en, target: {toy_text}/train.de}}]"
     changed = toy("run", data__train=pair, data__dir=tmp_path / "tokens")
+    vocabulary = (changed.run_dir / "vocabulary.model").read_bytes()
     assert "another training text" in run_world(1, refusal, changed)[0]
+    assert (changed.run_dir / "vocabulary.model").read_bytes() == vocabulary
 
 
 def test_more_steps_go_on_and_a_finished_run_stays_as_it_is(toy):

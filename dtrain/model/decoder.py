@@ -77,11 +77,7 @@ class DecoderState:
     length: int
     memory_kv: list[Tensor]
     memory_mask: Tensor
-
-    @property
-    def num_sources(self) -> int:
-        """How many source sentences are being translated."""
-        return len(self.memory_mask)
+    _spare: Tensor | None = None  # where `past` goes next: fresh memory costs more than copying
 
     def select(self, sources: Tensor | None, rows: Tensor) -> None:
         """Go on with these sources and these of the past's rows, each any number of times.
@@ -91,7 +87,12 @@ class DecoderState:
             rows: int64 [new N * new rivals].
         """
         if not torch.equal(rows, torch.arange(len(self.past), device=rows.device)):
-            self.past = self.past.index_select(0, rows)
+            if self._spare is None or len(self._spare) < len(rows):
+                self._spare = self.past.new_empty(len(rows), *self.past.shape[1:])
+            chosen = self._spare[: len(rows)]
+            written = slice(self.length)
+            torch.index_select(self.past[:, :, :, written], 0, rows, out=chosen[:, :, :, written])
+            self.past, self._spare = chosen, self.past
         if sources is not None:
             self.memory_kv = [kv.index_select(0, sources) for kv in self.memory_kv]
             self.memory_mask = self.memory_mask.index_select(0, sources)
@@ -100,6 +101,7 @@ class DecoderState:
         """Make sure that `past` can take another token."""
         if self.length == self.past.shape[3]:
             self.past = torch.cat([self.past, torch.empty_like(self.past)], dim=3)
+            self._spare = None
 
 
 class TransformerDecoder(nn.Module):
