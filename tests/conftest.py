@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from worlds import run_world
 
+from dtrain import train
 from dtrain.config import Config, load_config
 from dtrain.data.preparation import prepare, prepared_directory
 
@@ -73,6 +75,25 @@ wandb: {{mode: disabled}}
     directory = prepared_directory(config.data, config.vocabulary)
     prepare(config.data, config.vocabulary, directory, lambda _: None)
     return settings
+
+
+@pytest.fixture(scope="session")
+def trained(toy_settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of 100 steps for those who only look at one: checkpoints at 40, 80 and 100."""
+    make = Toy(toy_settings, tmp_path_factory.mktemp("trained"))
+    config = make(
+        "trained",
+        run__max_steps=100,
+        model__dropout=0.0,
+        optimizer__learning_rate=2.0,
+        schedule__warmup_steps=40,
+        checkpoint__every_steps=40,
+        validation__every_steps=100,
+        validation__beam_size=2,
+        metrics__every_steps=8,
+    )
+    run_world(1, train.run, config)
+    return config
 
 
 class Toy:

@@ -154,8 +154,9 @@ class TransformerDecoder(nn.Module):
         """Score every token as the next: [..., hidden] -> [..., vocabulary]."""
         return self.embedding.logits(hidden) if self.output is None else self.output(hidden)
 
+    @torch.no_grad()
     def start(self, memory: Tensor, memory_layout: Layout) -> DecoderState:
-        """Prepare to translate token by token, with one rival a source.
+        """Prepare to translate token by token, with one rival a source; nothing has a gradient.
 
         Args:
             memory: the encoder's output, padded, [N, S, hidden].
@@ -166,6 +167,7 @@ class TransformerDecoder(nn.Module):
         past = memory_kv[0].new_empty(len(memory), len(self.blocks), 2, 16, *heads)
         return DecoderState(past, 0, memory_kv, key_mask(memory_layout))
 
+    @torch.no_grad()
     def step(self, ids: Tensor, state: DecoderState) -> Tensor:
         """Read one more token of each rival, and remember it in `state`.
 
