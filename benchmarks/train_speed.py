@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,6 +35,7 @@ from benchmarks.yardstick import (
     ROOT,
     Row,
     Shape,
+    busy_seconds,
     describe_machine,
     matmul_rate,
     open_training,
@@ -70,11 +71,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a contestant did in one turn, and what it took: by the clock and of all cores."""
+    """What a contestant did in one turn, and what it took.
+
+    Attributes:
+        steps: one after the other.
+        seconds: by the clock.
+        cpu_seconds: work of all cores for the contestant.
+        foreign_seconds: work of all cores for anybody else.
+        memory_mib: the most that the contestant has held.
+    """
 
     steps: list[Step]
     seconds: float
     cpu_seconds: float
+    foreign_seconds: float
     memory_mib: float
 
     def total(self, name: str) -> float:
@@ -122,6 +132,8 @@ class LastLoss(Metrics):
 
 class PlainTransformer(nn.Module):
     """The same model from torch's own parts, for padded batches."""
+
+    positions: Tensor
 
     def __init__(self, settings: ModelSettings, vocabulary_size: int) -> None:
         super().__init__()
@@ -193,8 +205,8 @@ def plain_steps(config: Config, feed: "Feed", drops_less: bool = False) -> Itera
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        tokens = [int((side != PAD_ID).sum()) for side in (source, target)]
-        yield Step(*tokens, source.numel(), target.numel(), loss.item())
+        num_source, num_target = (int((side != PAD_ID).sum()) for side in (source, target))
+        yield Step(num_source, num_target, source.numel(), target.numel(), loss.item())
 
 
 def padded(store: TokenStore, ids: Ids) -> list[Tensor]:
@@ -292,11 +304,12 @@ def take_turns(name: str, config: Config, pipe: Connection) -> None:
             num_steps = pipe.recv()
         except EOFError:
             break
-        begun, cpu_begun = time.perf_counter(), time.process_time()
+        clocks = time.perf_counter, time.process_time, busy_seconds
+        begun = [clock() for clock in clocks]
         done = list(islice(steps, num_steps))
-        seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu_begun
+        seconds, own, busy = (clock() - at for clock, at in zip(clocks, begun, strict=True))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        pipe.send(Turn(done, seconds, cpu_seconds, memory))
+        pipe.send(Turn(done, seconds, own, busy - own, memory))
 
 
 @dataclass(frozen=True)
@@ -363,6 +376,7 @@ def contestant_row(name: str, turns: list[Turn], config: Config, ceiling: float)
         / turn.seconds
         for turn in turns
     ]
+    seconds = sum(turn.seconds for turn in turns)
     whole = [sum(turn.total(what) for turn in turns) for what in Step.__dataclass_fields__]
     source, target, source_cells, target_cells, _ = whole
     return {
@@ -373,7 +387,8 @@ def contestant_row(name: str, turns: list[Turn], config: Config, ceiling: float)
         "target tokens a step": target / sum(len(turn.steps) for turn in turns),
         "fill of source, target": f"{source / source_cells:.1%}, {target / target_cells:.1%}",
         "peak memory MiB": turns[-1].memory_mib,
-        "cores used": sum(turn.cpu_seconds for turn in turns) / sum(turn.seconds for turn in turns),
+        "cores used": sum(turn.cpu_seconds for turn in turns) / seconds,
+        "by others": sum(turn.foreign_seconds for turn in turns) / seconds,
         "last loss": turns[-1].total("loss") / len(turns[-1].steps),
     }
 
@@ -411,18 +426,12 @@ def report(contest: Contest, config: Config, facts: Row) -> tuple[dict[str, obje
             *map(table, (ratio_rows, rows, product_rows)),
         ]
     )
-    results = {
+    results: dict[str, object] = {
         "machine": facts,
         "ratios": ratio_rows,
         "contestants": rows,
         "products": product_rows,
-        "rounds": {
-            name: [
-                {"tokens": t.total("target_tokens"), "seconds": t.seconds, "cpu": t.cpu_seconds}
-                for t in turns
-            ]
-            for name, turns in contest.turns.items()
-        },
+        "rounds": {name: [asdict(turn) for turn in turns] for name, turns in contest.turns.items()},
     }
     return results, markdown
 

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,15 @@ def matmul_rate(shape: Shape, dtype: torch.dtype, device: torch.device, seconds:
     return 2 * m * k * n * count / run(count)
 
 
+def busy_seconds() -> float:
+    """Give the seconds that this machine's cores have worked since its start, for anybody."""
+    path = Path("/proc/stat")  # Linux only
+    if not path.exists():
+        return math.nan
+    user, nice, system, _idle, _waiting, *others = path.read_text(encoding="utf-8").split()[1:9]
+    return sum(map(int, (user, nice, system, *others))) / os.sysconf("SC_CLK_TCK")
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a GPU has done what it was asked to do."""
     if device.type == "cuda":
@@ -83,8 +93,14 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def open_training(config: Config) -> Iterator[tuple[Training, Loader]]:
-    """Open the trainer as a world of one, with its loader; the run ends where the caller leaves."""
-    with StopSignal() as stop, connect(config.run.device, config.distributed.timeout) as world:
+    """Open the trainer on one rank, with its loader, for a run that leaves nothing behind."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        StopSignal() as stop,
+        connect(config.run.device, config.distributed.timeout) as world,
+    ):
+        run = config.run.model_copy(update={"dir": folder})
+        config = config.model_copy(update={"run": run})
         training = Training(world.from_main(lambda: get_ready(config, world, stop)), world, stop)
         training.metrics = Metrics.silent()
         sampler = DistributedTokenSampler(training.plan, world.size, world.rank)
@@ -168,6 +184,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

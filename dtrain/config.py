@@ -71,7 +71,9 @@ class DistributedSettings(_Section):
 class KernelsSettings(_Section):
     """Fast paths."""
 
-    compile: Literal["auto"] | bool = Field("auto", description="torch.compile; auto: on CUDA")
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="torch.compile; auto: off, until its dropout is checked on a GPU"
+    )
 
 
 class CheckpointSettings(_Section):

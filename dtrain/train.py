@@ -68,8 +68,7 @@ class Training:
 
         self.model = build_model(config, self.data.vocabulary).to(world.device)
         objective = Objective(self.model, config.loss.label_smoothing)
-        wanted = config.kernels.compile
-        if world.device.type == "cuda" if wanted == "auto" else wanted:
+        if config.kernels.compile is True:
             objective.compile()
         self.objective = world.wrap(objective)
         self.optimizer = build_optimizer(self.model, config.optimizer)

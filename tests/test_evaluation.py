@@ -5,11 +5,11 @@ from torch.nn import functional as F
 from worlds import run_world
 
 from dtrain.batch import Batch
+from dtrain.data.preparation import prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.distributed import alone, connect
 from dtrain.evaluation import judge, negative_log_likelihood, translate_lines
-from dtrain.parts import build_plan, trained_model
-from dtrain.start import prepared_directory
+from dtrain.parts import build_model, build_plan, trained_model
 
 LINES = ["old dog", "", "red cat sees big blue bird", "   ", "new house", "old dog likes cat"]
 
@@ -67,16 +67,17 @@ def test_the_loss_is_the_same_on_any_number_of_ranks(ready):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_off_for_a_while(ready, training):
-    model, _, data, plan = ready
-    model.train(training)
-    for module in model.modules():
-        if hasattr(module, "dropout"):
-            assert not isinstance(module.dropout, torch.nn.Module)
-    losses = {negative_log_likelihood(model, data.validation, plan, alone("cpu")) for _ in "ab"}
-    assert len(losses) == 1
-    assert model.training is training
-    model.eval()
+def test_dropout_is_off_for_a_while(ready, toy, training):
+    model, vocabulary, data, plan = ready
+    with_dropout = build_model(toy(model__dropout=0.5), vocabulary)
+    with_dropout.load_state_dict(model.state_dict())
+    with_dropout.train(training)
+    found, expected = (
+        negative_log_likelihood(each, data.validation, plan, alone("cpu"))
+        for each in (with_dropout, model)
+    )
+    assert found == expected
+    assert with_dropout.training is training
 
 
 # ------------------------------------------------------------------ translations

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
 
-from dtrain.data.preparation import prepared_directory
+from dtrain.data.preparation import prepare, prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.data.vocabulary import Vocabulary
 from dtrain.errors import UserError
@@ -42,7 +43,8 @@ def test_the_seed_decides_the_initial_weights(toy, vocabulary):
 
 
 def test_languages_with_a_vocabulary_each_have_an_embedding_each(toy, vocabulary):
-    separate = Vocabulary(vocabulary.source, type(vocabulary.target)(vocabulary.target))
+    proto = vocabulary.target.serialized_model_proto()
+    separate = Vocabulary(vocabulary.source, SentencePieceProcessor(model_proto=proto))
     assert not separate.shared
     num_shared, num_separate = (
         sum(p.numel() for p in build_model(toy(), v).parameters()) for v in (vocabulary, separate)
@@ -83,8 +85,6 @@ def test_the_plan_visits_each_corpus_as_often_as_its_weight_says(toy, toy_text, 
 
 
 def prepared(config) -> PreparedData:
-    from dtrain.data.preparation import prepare
-
     directory = prepared_directory(config.data, config.vocabulary)
     prepare(config.data, config.vocabulary, directory, lambda _: None)
     return PreparedData.open(directory)
@@ -129,7 +129,7 @@ def test_precision_is_the_best_that_the_device_has(
     monkeypatch, name, device, native_bf16, expected
 ):
     # With emulation every GPU "supports" bf16, at a crawl.
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native_bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: native_bf16 or emulated)
     assert choose_precision(name, device) is expected
 
 

@@ -88,9 +88,14 @@ def test_the_status_is_what_was_written_last(run):
 @pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), KeyboardInterrupt()])
 def test_a_failure_is_noted_with_the_step_it_happened_at(run, error):
     progress = Progress()
-    with pytest.raises(type(error)), run.failure_noted(True, progress):
-        progress.step = 7
-        raise error
+
+    def training():
+        with run.failure_noted(True, progress):
+            progress.step = 7
+            raise error
+
+    with pytest.raises(type(error)):
+        training()
     status = run.read_status()
     assert (status["status"], status["step"], status["exit_code"]) == ("failed", 7, 1)
     assert status["why"] == f"{type(error).__name__}: {error}"

@@ -1,0 +1,235 @@
+"""What rank 0 does before training; `alone` and made-up worlds need no other process."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtrain import __main__, start
+from dtrain.checkpoint import steps_saved
+from dtrain.data.preparation import prepare
+from dtrain.data.store import PreparedData
+from dtrain.distributed import World, alone
+from dtrain.errors import UserError
+from dtrain.parts import build_plan
+from dtrain.preemption import StopSignal
+from dtrain.start import Ready, check_identity, describe, get_ready, identity
+
+
+def world_of(size: int, local_size: int) -> World:
+    return replace(alone("cpu"), size=size, local_size=local_size)
+
+
+def make_ready(config, world=None, stop=None) -> Ready:
+    return get_ready(config, world or alone("cpu"), stop or StopSignal())
+
+
+@pytest.fixture
+def unprepared(toy, tmp_path):
+    """Makes settings whose tokens nobody has made yet."""
+
+    def make(**changes):
+        return toy("new", data__dir=tmp_path / "tokens", **changes)
+
+    return make
+
+
+@pytest.fixture
+def python_stand_in(tmp_path, monkeypatch):
+    """Puts a shell script into the place of the Python that `dtrain prepare` would run in."""
+
+    def install(script: str) -> None:
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+
+    return install
+
+
+# ------------------------------------------------------------------ preparing
+
+
+def refusal(config, world) -> str:
+    with pytest.raises(UserError) as caught:
+        make_ready(config, world)
+    assert not Path(config.data.dir).exists()
+    assert not config.run_dir.exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config", "my recipes/toy.yaml", "--vocabulary.size=48"],
+        ["train", "--config", "my recipes/toy.yaml", "--vocabulary.size=48"],
+    ],
+)
+def test_on_two_nodes_it_asks_for_one_command_to_paste(unprepared, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["dtrain", *arguments])
+    message = refusal(unprepared(), world_of(size=2, local_size=1))
+    assert f"nothing is prepared in {unprepared().data.dir}" in message
+    assert "--run.prepare=true" in message
+    (command,) = re.findall(r"^ *(dtrain prepare .*)$", message, re.MULTILINE)
+    words = shlex.split(command)
+    assert words[2:] == ["--config", "my recipes/toy.yaml", "--vocabulary.size=48"]
+
+
+def test_the_command_to_paste_makes_what_was_missing(unprepared, toy_settings, monkeypatch):
+    config = unprepared()
+    arguments = ["--config", str(toy_settings), f"--data.dir={config.data.dir}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    message = refusal(config, world_of(size=2, local_size=1))
+    (command,) = re.findall(r"^ *dtrain (prepare .*)$", message, re.MULTILINE)
+    assert __main__.main(shlex.split(command)) == 0
+    assert make_ready(config, world_of(size=2, local_size=1)).data_dir == Path(config.data.dir)
+
+
+@pytest.mark.parametrize(("size", "local_size"), [(1, 1), (2, 2), (4, 2)])
+def test_prepare_false_never_prepares(unprepared, size, local_size):
+    config = unprepared(run__prepare="false")
+    assert "nothing is prepared" in refusal(config, world_of(size, local_size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wanted", "size", "local_size"), [("true", 2, 1), ("auto", 2, 2), ("auto", 1, 1)]
+)
+def test_it_prepares_what_is_missing(unprepared, wanted, size, local_size, capfd):
+    config = unprepared(run__prepare=wanted)
+    ready = make_ready(config, world_of(size, local_size))
+    assert ready.data_dir == Path(config.data.dir)
+    assert len(PreparedData.open(ready.data_dir).train) == 600
+    assert "600 pairs" in capfd.readouterr().out
+
+
+def test_what_is_prepared_needs_no_other_process(toy, python_stand_in):
+    python_stand_in("exit 9")
+    assert make_ready(toy()).data_dir == Path(toy().data.dir)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo 'dtrain: train.en is empty' >&2; exit 2", "train.en is empty"),
+        ("exit 9", "preparing the data failed"),
+    ],
+)
+def test_a_failed_preparation_is_one_message(unprepared, python_stand_in, script, message):
+    python_stand_in(script)
+    with pytest.raises(UserError) as caught:
+        make_ready(unprepared())
+    assert str(caught.value) == message
+
+
+def test_the_preparing_process_gets_the_settings_as_resolved(unprepared, python_stand_in, tmp_path):
+    python_stand_in(f'cp "$5" {tmp_path}/given.yaml; echo "$*" > {tmp_path}/words; exit 1')
+    config = unprepared(vocabulary__size=50)
+    with pytest.raises(UserError):
+        make_ready(config)
+    assert (tmp_path / "words").read_text(encoding="utf-8").startswith("-m dtrain prepare --config")
+    assert (tmp_path / "given.yaml").read_text(encoding="utf-8") == config.to_yaml()
+
+
+def test_a_stop_signal_ends_the_preparation(unprepared, python_stand_in, tmp_path):
+    python_stand_in(f"echo $$ > {tmp_path}/process; exec sleep 60")
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    begun = time.monotonic()
+    with StopSignal() as stop, pytest.raises(UserError, match="stopped by SIGTERM while preparing"):
+        timer.start() or make_ready(unprepared(), stop=stop)
+    assert time.monotonic() - begun < 20
+    child = int((tmp_path / "process").read_text(encoding="utf-8"))
+    assert not Path(f"/proc/{child}").exists()
+
+
+# ------------------------------------------------------------------ beginning and going on
+
+
+def test_threads_are_the_cores_shared_out_and_stay_so(toy, monkeypatch):
+    monkeypatch.setattr(start, "cores", lambda: 8)
+    first = make_ready(toy(run__threads="auto"), world_of(2, 2))
+    assert first.config.run.threads == 4
+    assert make_ready(toy(run__threads="auto"), world_of(8, 8)).config.run.threads == 4
+    assert make_ready(toy(run__threads=2), world_of(8, 8)).config.run.threads == 2
+    assert make_ready(toy("other", run__threads="auto"), world_of(64, 64)).config.run.threads == 1
+
+
+def test_a_new_run_goes_on_from_nowhere(toy):
+    ready = make_ready(toy())
+    assert (ready.resume_from, ready.notices) == (None, [])
+    assert ready.config == toy()
+
+
+AS_TRAINED = {
+    "run__max_steps": 100,
+    "model__dropout": 0.0,
+    "optimizer__learning_rate": 2.0,
+    "schedule__warmup_steps": 40,
+}
+
+
+@pytest.fixture
+def copied_run(toy, trained):
+    """A copy of the trained run that may be spoilt, and its settings."""
+    config = toy("copy", **AS_TRAINED)
+    shutil.copytree(trained.run_dir, config.run_dir)
+    return config
+
+
+def test_it_goes_on_from_the_newest_whole_checkpoint_and_says_which_is_not(copied_run):
+    newest, older, *_ = steps_saved(copied_run.run_dir / "checkpoints")
+    assert make_ready(copied_run).resume_from == newest
+    (newest / "state.json").write_text("{}", encoding="utf-8")
+    ready = make_ready(copied_run)
+    assert ready.resume_from == older
+    (notice,) = ready.notices
+    assert f"{newest} is set aside: state.json" in notice
+
+
+def test_refused_it_leaves_the_run_as_it_was(copied_run, toy, toy_text, tmp_path):
+    pair = f"[{{source: {toy_text}/test.en, target: {toy_text}/test.de}}]"
+    changed = toy("copy", **AS_TRAINED, data__train=pair, data__dir=tmp_path / "tokens")
+    prepare(changed.data, changed.vocabulary, tmp_path / "tokens", lambda _: None)
+    before = {p: p.read_bytes() for p in copied_run.run_dir.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="was trained with another training text"):
+        make_ready(changed)
+    assert before == {p: p.read_bytes() for p in copied_run.run_dir.rglob("*") if p.is_file()}
+
+
+# ------------------------------------------------------------------ identity and description
+
+
+def test_identity_tells_text_vocabulary_and_plan_apart(toy):
+    ready = make_ready(toy())
+    data = PreparedData.open(ready.data_dir)
+    now = identity(data, build_plan(ready.config, data))
+    assert set(now) == {"training text", "vocabulary", "batch plan"}
+    assert len(set(now.values())) == 3
+    reseeded = identity(data, build_plan(toy(run__seed=2), data))
+    assert {name for name in now if now[name] != reseeded[name]} == {"batch plan"}
+    check_identity(now, now, Path("runs/a"))
+    with pytest.raises(UserError, match="runs/a was trained with another batch plan than"):
+        check_identity(now, reseeded, Path("runs/a"))
+    with pytest.raises(UserError, match="another training text and another batch plan than"):
+        check_identity(now | {"training text": "x"}, reseeded, Path("runs/a"))
+
+
+def test_the_first_lines_say_what_will_run(toy):
+    ready = make_ready(toy(run__threads=3))
+    data = PreparedData.open(ready.data_dir)
+    num_tokens = int(data.train.target_lengths(torch.arange(600).numpy()).sum())
+    lines = describe(ready, data, world_of(3, 3), torch.bfloat16, 12345)
+    assert lines == [
+        "batch    3 ranks x 2 micro-batches x 128 tokens = 512 a step",
+        "device   CPU, 3 threads a rank, bfloat16",
+        "model    12,345 parameters, vocabulary 48",
+        f"data     600 pairs, {num_tokens:,} target tokens, from {ready.data_dir}",
+    ]
