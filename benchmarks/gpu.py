@@ -141,7 +141,7 @@ class Task:
 def make_data(task: Task) -> Iterator[Row]:
     """Make up text with lengths like WMT 2014's and prepare it as `dtrain prepare` does."""
     begun = time.perf_counter()
-    pairs, words, kinds = (400, 6, 200) if task.is_tiny else (60_000, 23, 60_000)
+    pairs, words, kinds = (400, 6, 200) if task.is_tiny else (60_000, 23, 150_000)
     write_corpus(task.folder, pairs, words, kinds)
     config = task.config(task.model("base"), 4096)
     prepare(config.data, config.vocabulary, Path(config.data.dir), print)

@@ -124,7 +124,7 @@ def write_corpus(folder: Path, num_pairs: int, mean_words: float, num_words: int
     random = np.random.default_rng(1)
     spread = 0.55  # of the logarithm of lengths
     wanted = random.lognormal(math.log(mean_words) - spread**2 / 2, spread, num_pairs)
-    chances = 1 / np.arange(10, num_words + 10)
+    chances = 1 / np.arange(100, num_words + 100)
     for language, syllables in (("en", "bdfgklmnprst"), ("de", "bdfgkhmnwrzs")):
         words = np.array([_word(i, syllables) for i in range(num_words)])
         lengths = np.clip(np.rint(wanted * random.normal(1, 0.12, num_pairs)), 1, 90).astype(int)

@@ -17,7 +17,9 @@ fi
 # torchrun exits with 1 after Ctrl-C too: the run itself is asked how it stands.
 interrupted=
 trap 'interrupted=yes' INT
-launch/local.sh --config configs/demo.yaml || true
+# Each of several GPUs needs a share of a step.
+micro_batch=$((2048 / $(nvidia-smi -L 2>/dev/null | wc -l | sed 's/^[01]$/2/')))
+launch/local.sh --config configs/demo.yaml --batch.tokens_per_micro_batch="$micro_batch" || true
 if [[ -n $interrupted ]]; then
     printf '\nStopped: make demo goes on.\n'
     exit 130

@@ -275,10 +275,13 @@ def _write(
     write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
     _sync(temporary / MANIFEST)
     _sync(temporary)
-    final = folder / name
-    shutil.rmtree(final, ignore_errors=True)
+    final, replaced = folder / name, folder / f".tmp-replaced-{name}"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
     temporary.rename(final)
     _sync(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 

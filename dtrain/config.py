@@ -4,6 +4,7 @@ Settings of the folders and of the torch-free files live beside the code that th
 files that import torch live here, so that `--help` and a mistyped key answer at once.
 """
 
+import argparse
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -164,7 +165,10 @@ FREE_TO_CHANGE = [
     "distributed",
     "kernels",
     "checkpoint",
-    "validation",
+    "validation.every_steps",
+    "validation.beam_size",
+    "validation.length_penalty",
+    "validation.patience",
     "metrics",
     "wandb",
 ]
@@ -205,8 +209,14 @@ def changed_settings(old: Config, new: Config) -> list[str]:
     ]
 
 
+def explain_settings(parser: argparse.ArgumentParser) -> None:
+    """Let a command's `--help` list every setting with its default and meaning."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = describe_settings()
+
+
 def describe_settings() -> str:
-    """List every setting with its default and meaning, for `--help`."""
+    """List every setting with its default and meaning."""
     lines = ["settings, in the config file or as --section.key=value (defaults in brackets):"]
     for name, field in Config.model_fields.items():
         section = field.annotation

@@ -4,7 +4,12 @@ import os
 import signal
 from types import FrameType, TracebackType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+def is_ignored(number: signal.Signals) -> bool:
+    """Whether whoever started this process had it ignore a signal, as nohup does with SIGHUP."""
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 class StopSignal:
@@ -25,7 +30,8 @@ class StopSignal:
         return "" if self.received is None else signal.Signals(self.received).name
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        heeded = [s for s in STOP_SIGNALS if s != signal.SIGHUP or not is_ignored(s)]
+        self._previous = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(

@@ -16,6 +16,7 @@ class Progress:
         cursor: where the next step begins.
         best_score: the best validation so far, higher is better.
         validations_since_best: validations without a better one.
+        validated_step: the step judged last.
     """
 
     step: int = 0
@@ -23,6 +24,7 @@ class Progress:
     cursor: Cursor = field(default_factory=Cursor)
     best_score: float | None = None
     validations_since_best: int = 0
+    validated_step: int = 0
 
     def advance(self, step: PlannedStep) -> None:
         """Count a step that was run."""
@@ -32,6 +34,7 @@ class Progress:
 
     def note_score(self, score: float) -> None:
         """Count a validation."""
+        self.validated_step = self.step
         self.validations_since_best += 1
         if self.best_score is None or score > self.best_score:
             self.best_score, self.validations_since_best = score, 0

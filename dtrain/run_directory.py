@@ -71,6 +71,17 @@ class RunDirectory:
         write_json(self.status_file, value | {"time": time.time(), "process": os.getpid()})
 
     @contextmanager
+    def refusal_noted(self, is_main: bool) -> Iterator[None]:
+        """Write the status `failed` if a begun, unfinished run is refused: a script must not retry."""
+        try:
+            yield
+        except UserError as error:
+            status = self.read_status()
+            if is_main and status and status["status"] != "completed":
+                self.write_status("failed", status["step"], 2, str(error))
+            raise
+
+    @contextmanager
     def failure_noted(self, is_main: bool, progress: Progress) -> Iterator[None]:
         """Write the status `failed` if what happens inside does."""
         try:

@@ -44,6 +44,7 @@ def get_ready(config: Config, world: World, stop: StopSignal) -> Ready:
     Raises:
         UserError: for any mistake in data or settings.
     """
+    check_world(config, world)
     data_dir = prepared_directory(config.data, config.vocabulary, config.vocabulary_of)
     if not is_prepared(config.data, config.vocabulary, data_dir, config.vocabulary_of):
         _prepare(config, world, stop, data_dir)
@@ -57,6 +58,22 @@ def get_ready(config: Config, world: World, stop: StopSignal) -> Ready:
         check_identity(saved, identity(data, build_plan(config, data)), run.path)
     run.claim(config, data.vocabulary)
     return Ready(config, data_dir, resume_from, notices)
+
+
+def check_world(config: Config, world: World) -> None:
+    """Refuse more ranks than there is work for.
+
+    Raises:
+        UserError: naming what would work.
+    """
+    count = config.batch.micro_batches_per_step
+    if world.size > count:
+        raise UserError(
+            f"{world.size} ranks cannot share the {count} micro-batches of a step; start {count} at "
+            f"most, or set batch.tokens_per_micro_batch to "
+            f"{config.batch.tokens_per_step // world.size} or less, a divisor of "
+            f"batch.tokens_per_step {config.batch.tokens_per_step}"
+        )
 
 
 def identity(data: PreparedData, plan: BatchPlan) -> dict[str, str]:

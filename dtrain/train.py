@@ -50,7 +50,8 @@ NUM_SAMPLES = 5
 def run(config: Config) -> int:
     """Train, or go on; gives this rank's exit code."""
     with StopSignal() as stop, connect(config.run.device, config.distributed.timeout) as world:
-        ready = world.from_main(lambda: get_ready(config, world, stop))
+        with RunDirectory(config.run_dir).refusal_noted(world.is_main):
+            ready = world.from_main(lambda: get_ready(config, world, stop))
         Training(ready, world, stop).run()
     return 0
 
@@ -104,6 +105,8 @@ class Training:
             Loader(sampler, self.data.train, self.progress.cursor, on_gpu) as loader,
         ):
             self.announce()
+            if self.validation_is_due():  # a stop came before it
+                self.save(self.validate())
             if not self.end_reached():
                 self.discarded_backward()
                 waiting_since = time.perf_counter()
@@ -181,9 +184,7 @@ class Training:
         minutes = settings.checkpoint.every_minutes
         is_late = bool(minutes) and time.monotonic() - self.last_save > 60 * minutes
         stopping, save_now = self.world.agree(step, self.stop.received is not None, is_late)
-        score = None
-        if not stopping and (self.is_due(settings.validation.every_steps) or self.end_reached()):
-            score = self.validate()
+        score = self.validate() if self.validation_is_due() and not stopping else None
         leaving = stopping or self.end_reached()
         is_best = score is not None and score == self.progress.best_score
         if (
@@ -195,11 +196,16 @@ class Training:
             self.save(score)
         return leaving
 
-    def validate(self) -> float | None:
+    def validation_is_due(self) -> bool:
+        """Whether this step's model is still to be judged: at each period, and at the end."""
+        every_steps, progress = self.config.validation.every_steps, self.progress
+        at_this_step = self.is_due(every_steps) or self.end_reached()
+        return every_steps > 0 and at_this_step and progress.validated_step < progress.step
+
+    def validate(self) -> float:
         """Judge the model on the validation set; gives the score, higher is better."""
         settings, step = self.config.validation, self.progress.step
-        if self.data.validation is None or not settings.every_steps:
-            return None
+        assert self.data.validation is not None, "the settings were checked for it"
         sources, references = self.data.text("validation")
         nll = negative_log_likelihood(self.model, self.data.validation, self.plan, self.world)
         search = settings.beam_size, settings.length_penalty
@@ -312,14 +318,15 @@ class Training:
         """Say how it ended, for people and for scripts."""
         step = self.progress.step
         status: Status
-        if self.end_reached():
+        finished = self.end_reached() and not self.validation_is_due()
+        if finished:
             status, why = "completed", f"finished at step {step}"
         else:
             signal = self.stop.reason or "a signal to another rank"
             status, why = "preempted", f"stopped by {signal} after step {step}"
         if self.world.is_main:
             self.directory.write_status(status, step, 0, why)
-        self.metrics.message(why + ("" if self.end_reached() else "; the same command goes on"))
+        self.metrics.message(why + ("" if finished else "; the same command goes on"))
         self.metrics.close(status)
 
 

@@ -91,6 +91,11 @@ def test_two_ranks_stop_at_the_same_step_and_go_on_the_same(toy):
     same_after_a_stop(toy, 2, validation__every_steps=6, validation__beam_size=2)
 
 
+def test_a_validation_that_a_stop_cut_off_is_made_up_for(toy):
+    same_after_a_stop(toy, 1, validation__every_steps=5, validation__beam_size=1)
+    assert [x["step"] for x in metrics_of(toy("stopped")) if "validation/bleu" in x] == [5, 10, 12]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 4])
 def test_more_ranks_and_several_buckets_go_on_bit_for_bit(toy, size):

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from dtrain.commands.translate import positive
 from dtrain.errors import UserError
 
 
@@ -10,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, e.g. runs/demo")
     parser.add_argument(
-        "--last", type=int, default=5, metavar="N", help="how many checkpoints (default: 5)"
+        "--last", type=positive, default=5, metavar="N", help="how many checkpoints (default: 5)"
     )
 
 
@@ -21,10 +22,10 @@ def main(arguments: argparse.Namespace) -> int:
 
     folder = RunDirectory.existing(arguments.run).checkpoints
     saved = checkpoint.steps_saved(folder)[: arguments.last]
-    if arguments.last < 1 or len(saved) < arguments.last:
+    if len(saved) < arguments.last:
         raise UserError(
-            f"--last {arguments.last}: {folder} has {len(checkpoint.steps_saved(folder))} "
-            f"checkpoints; a larger checkpoint.keep_last keeps more"
+            f"--last {arguments.last}: {folder} has only {len(saved)}; a larger "
+            f"checkpoint.keep_last keeps more"
         )
     name = checkpoint.average(folder, saved)
     print(f"averaged {', '.join(path.name for path in reversed(saved))}")

@@ -11,7 +11,12 @@ from dtrain.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     add_search_arguments(parser)
-    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument(
+        "--split",
+        choices=("test", "validation"),
+        default="test",
+        help="which held-out set (default: test)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

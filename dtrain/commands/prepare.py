@@ -5,12 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dtrain.config import explain_settings, load_config
+
 if TYPE_CHECKING:
     from dtrain.data.store import Manifest, SplitReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
+    explain_settings(parser)
     parser.add_argument(
         "--config", type=Path, required=True, metavar="FILE", help="the recipe, a YAML file"
     )
@@ -19,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Prepare what is missing and print what became of the text."""
     # Imported here so that `--help` answers at once.
-    from dtrain.config import load_config
     from dtrain.data.preparation import is_prepared, prepare, prepared_directory
     from dtrain.data.store import read_manifest
 
@@ -47,7 +49,7 @@ def table(manifest: "Manifest") -> str:
             f"{manifest.source_vocabulary_size:,} pieces {languages[0]}, "
             f"{manifest.target_vocabulary_size:,} pieces {languages[1]}"
         )
-    lines += ["", f"vocabulary   {sizes}", f"fingerprint  {manifest.fingerprint[:16]}"]
+    lines += ["", f"vocabulary   {sizes}", f"content      {manifest.fingerprint[:16]}"]
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dtrain.config import Config, load_config
+from dtrain.config import Config, explain_settings, load_config
 from dtrain.errors import UserError
 from dtrain.schedule import learning_rate
 
@@ -12,9 +12,13 @@ POINTS = 1000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
+    explain_settings(parser)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML settings")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="picture to write (default: CONFIG's stem .png)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="picture to write, .png, .svg or .pdf (default: NAME-schedule.png)",
     )
 
 
@@ -31,7 +35,7 @@ def draw(config: Config, out: Path) -> None:
     """Draw the learning rate over the steps of a run.
 
     Raises:
-        UserError: if matplotlib is not installed.
+        UserError: if matplotlib is not installed, or the picture cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -47,22 +51,27 @@ def draw(config: Config, out: Path) -> None:
     axes.plot(steps, rates, color="#2b6cb0", linewidth=2)
     peak = max(rates)
     at = steps[rates.index(peak)]
+    axes.plot([at], [peak], "o", color="#2b6cb0", clip_on=False)
     axes.annotate(
         f"{peak:.2e} at step {at:,}",
         (at, peak),
-        xytext=(10, -4),
+        xytext=(0, 7),
         textcoords="offset points",
-        va="top",
+        ha="left" if at < last / 2 else "right",
     )
+    rise = f"{warmup:,} steps of warm-up" if warmup else "no warm-up"
     axes.set(
-        title=f"{config.run.name}: {config.schedule.name}, {warmup:,} steps of warm-up",
+        title=f"{config.run.name}: {config.schedule.name}, {rise}",
         xlabel="step",
         ylabel="learning rate",
         xlim=(0, last),
-        ylim=(0, peak * 1.08),
+        ylim=(0, peak * 1.12),
     )
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    figure.savefig(out)
+    try:
+        figure.savefig(out)
+    except (OSError, ValueError) as error:  # no such directory, or no such format
+        raise UserError(f"--out {out}: {error}") from None

@@ -51,11 +51,13 @@ def verdict(status: dict[str, Any]) -> str:
 
 def table(facts: dict[str, Any]) -> str:
     """Lay the facts out for reading."""
-    last, best = facts["last_metrics"], facts["best"]
+    best = facts["best"]
+    step = max(facts["step"] or 0, facts["last_metrics"].get("step", 0))
+    status = f"{facts['status']}: {facts['why']}" if facts["status"] else "not begun"
     lines = [
         f"run          {facts['run']}",
-        f"status       {facts['status']}: {facts['why']}",
-        f"step         {last.get('step', facts['step'])} of {facts['max_steps']}",
+        f"status       {status}",
+        f"step         {step}" + (f" of {facts['max_steps']}" if facts["max_steps"] else ""),
     ]
     if best:
         lines.append(f"best BLEU    {best['validation/bleu']:.2f} at step {best['step']}")

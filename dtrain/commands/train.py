@@ -5,14 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dtrain.config import Config, describe_settings, load_config
+from dtrain.config import Config, explain_settings, load_config
 from dtrain.errors import shown_to_user
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags; settings are read from what argparse does not know."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = describe_settings()
+    explain_settings(parser)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML settings")
     parser.add_argument(
         "--print-config", action="store_true", help="show the settings as resolved, and stop"

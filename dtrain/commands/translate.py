@@ -1,6 +1,7 @@
 """`dtrain translate`: one line out for each line in; a prompt on a terminal."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -26,12 +27,20 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="which checkpoint, also the name of an average (default: best)",
     )
     parser.add_argument(
-        "--beam-size", type=_positive, metavar="N", help="1: greedy (default: as in validation)"
+        "--beam-size", type=positive, metavar="N", help="1: greedy (default: as in validation)"
     )
     parser.add_argument(
-        "--length-penalty", type=float, metavar="A", help="(default: as in validation)"
+        "--length-penalty",
+        type=float,
+        metavar="A",
+        help="how much longer translations are favoured; 0: not at all (default: as in validation)",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute (default: auto, a GPU if there is one)",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -44,9 +53,12 @@ def main(arguments: argparse.Namespace) -> int:
             print(translate([line])[0], flush=True)
         return 0
     lines = decoded(sys.stdin.buffer)
-    while chunk := list(islice(lines, LINES_AT_ONCE)):
-        sys.stdout.write("".join(f"{text}\n" for text in translate(chunk)))
-        sys.stdout.flush()
+    try:
+        while chunk := list(islice(lines, LINES_AT_ONCE)):
+            sys.stdout.write("".join(f"{text}\n" for text in translate(chunk)))
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -102,7 +114,8 @@ def prompted() -> Iterator[str]:
             return
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a number from 1, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")

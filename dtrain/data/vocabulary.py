@@ -93,6 +93,7 @@ class Vocabulary:
 
     def save(self, directory: Path) -> None:
         """Write `vocabulary.model`, or `source.model` and `target.model` if not shared."""
+        directory.mkdir(parents=True, exist_ok=True)
         if self.shared:
             (directory / "vocabulary.model").write_bytes(self.source.serialized_model_proto())
         else:
