@@ -17,9 +17,11 @@ fi
 # torchrun exits with 1 after Ctrl-C too: the run itself is asked how it stands.
 interrupted=
 trap 'interrupted=yes' INT
-# Each of several GPUs needs a share of a step.
-micro_batch=$((2048 / $(nvidia-smi -L 2>/dev/null | wc -l | sed 's/^[01]$/2/')))
-launch/local.sh --config configs/demo.yaml --batch.tokens_per_micro_batch="$micro_batch" || true
+settings=(--config configs/demo.yaml)
+if (($(nvidia-smi -L 2>/dev/null | wc -l) > 2)); then
+    settings+=(--batch.tokens_per_micro_batch=256) # up to eight GPUs get a share of each step
+fi
+launch/local.sh "${settings[@]}" || true
 if [[ -n $interrupted ]]; then
     printf '\nStopped: make demo goes on.\n'
     exit 130

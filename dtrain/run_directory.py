@@ -72,7 +72,7 @@ class RunDirectory:
 
     @contextmanager
     def refusal_noted(self, is_main: bool) -> Iterator[None]:
-        """Write the status `failed` if a begun, unfinished run is refused: a script must not retry."""
+        """Write the status `failed` if a begun, unfinished run is refused, so that none retries."""
         try:
             yield
         except UserError as error:

@@ -69,8 +69,8 @@ def check_world(config: Config, world: World) -> None:
     count = config.batch.micro_batches_per_step
     if world.size > count:
         raise UserError(
-            f"{world.size} ranks cannot share the {count} micro-batches of a step; start {count} at "
-            f"most, or set batch.tokens_per_micro_batch to "
+            f"{world.size} ranks cannot share the {count} micro-batches of a step; start at most "
+            f"{count}, or set batch.tokens_per_micro_batch to "
             f"{config.batch.tokens_per_step // world.size} or less, a divisor of "
             f"batch.tokens_per_step {config.batch.tokens_per_step}"
         )
