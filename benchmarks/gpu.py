@@ -46,9 +46,8 @@ try:
     from dtrain import checkpoint, train
     from dtrain.batch import Batch
     from dtrain.config import Config
-    from dtrain.data.preparation import prepare
+    from dtrain.data.preparation import num_cores, prepare
     from dtrain.data.store import PreparedData
-    from dtrain.distributed import cores
     from dtrain.loss import Objective
     from dtrain.model.settings import ModelSettings
     from dtrain.parts import memory_gib, seed_position
@@ -71,6 +70,10 @@ MODELS = {
     ),
 }
 """The paper's two, and base with fewer layers, where compiling would take too long."""
+
+FP32_LIMITS = 1e-5, 1e-3
+BF16_LIMITS = 1e-3, 0.05
+"""How far loss and gradient may be off, relative to their size."""
 
 MODES = {False: "eager", True: "compiled"}
 
@@ -199,58 +202,43 @@ def gradients(config: Config, in_float64: bool = False) -> Gradients:
 def correctness(task: Task) -> Iterator[Row]:
     """Compare loss and gradients: fp32 with float64 on the CPU, bf16 with fp32; then compiled.
 
-    Limits are relative. bf16 keeps eight bits of each number, so that its gradients may differ by
-    some percent from exact ones, and a mistake shows as far more.
+    bf16 keeps eight bits of each number: gradients differ by some percent; by a mistake, far more.
     """
-    base, short = (replace_dropout(task.model(name), 0.0) for name in ("base", "short"))
-    exact = gradients(task.config(base, 2048, precision="fp32", run__device="cpu"), in_float64=True)
-    full = gradients(task.config(base, 2048, precision="fp32"))
+    base, short = (
+        task.model(name).model_copy(update={"dropout": 0.0}) for name in ("base", "short")
+    )
+    in_fp32 = partial(task.config, tokens=2048, precision="fp32")
+    full = gradients(in_fp32(base))
+    exact = gradients(in_fp32(base, run__device="cpu"), in_float64=True)
+    checks = [compare("base: fp32 against float64", full, exact, FP32_LIMITS)]
+    yield checks[-1]
     half = gradients(task.config(base, 2048))
-    short_full = gradients(task.config(short, 2048, precision="fp32"))
-    short_half = gradients(task.config(short, 2048, kernels__compile=True))
-    too_far = []
-    for what, found, expected, limits in (
-        ("base: fp32 against float64", full, exact, (1e-5, 1e-3)),
-        ("base: bf16 against fp32", half, full, (5e-3, 0.05)),
-        ("2+2 layers: bf16 compiled against fp32", short_half, short_full, (5e-3, 0.05)),
-    ):
-        row, fits = compare(what, found, expected, limits)
-        yield row
-        if not fits:
-            too_far.append(what)
+    checks.append(compare("base: bf16 against fp32", half, full, BF16_LIMITS))
+    yield checks[-1]
+    full = gradients(in_fp32(short))
+    half = gradients(task.config(short, 2048, kernels__compile=True))
+    checks.append(compare("2+2 layers: bf16, compiled, against fp32", half, full, BF16_LIMITS))
+    yield checks[-1]
+    too_far = [str(check["what"]) for check in checks if not check["within"]]
     if too_far:
         raise CheckFailedError(f"too far off: {'; '.join(too_far)}")
 
 
-def compare(
-    what: str, found: Gradients, expected: Gradients, limits: tuple[float, float]
-) -> tuple[Row, bool]:
-    """Give relative differences, and whether those of loss and gradient are within limits."""
+def compare(what: str, found: Gradients, expected: Gradients, limits: tuple[float, float]) -> Row:
+    """Give relative differences of loss and gradient, and whether they are within limits."""
     loss = abs(found.loss - expected.loss) / abs(expected.loss)
-    differences = {
-        name: float((found.of[name] - gradient).norm() / gradient.norm())
-        for name, gradient in expected.of.items()
-    }
-    rest = [(found.of[name] - gradient).norm() for name, gradient in expected.of.items()]
-    whole = [gradient.norm() for gradient in expected.of.values()]
-    total = float(torch.stack(rest).norm() / torch.stack(whole).norm())
-    worst = max(differences, key=differences.__getitem__)
-    row: Row = {
+    off = {name: (found.of[name] - gradient).norm() for name, gradient in expected.of.items()}
+    norms = {name: gradient.norm() for name, gradient in expected.of.items()}
+    total = float(torch.stack([*off.values()]).norm() / torch.stack([*norms.values()]).norm())
+    worst = max(off, key=lambda name: float(off[name] / norms[name]))
+    return {
         "what": what,
         "loss": found.loss,
-        "off by": loss,
-        "limit": limits[0],
-        "gradient off by": total,
-        "its limit": limits[1],
-        "worst parameter": f"{worst} ({differences[worst]:.2g})",
+        "loss off by": f"{loss:.1e} of {limits[0]:.0e}",
+        "gradient off by": f"{total:.1e} of {limits[1]:.0e}",
+        "within": loss <= limits[0] and total <= limits[1],  # a nan is not
+        "worst parameter": f"{worst}, {float(off[worst] / norms[worst]):.1e}",
     }
-    # Written so that not-a-number is a failure.
-    return row, loss <= limits[0] and total <= limits[1]
-
-
-def replace_dropout(model: ModelSettings, dropout: float) -> ModelSettings:
-    """Change a model's dropout."""
-    return model.model_copy(update={"dropout": dropout})
 
 
 def world_of_one(task: Task) -> Iterator[Row]:
@@ -490,7 +478,7 @@ def measure(names: list[str], task: Task, out: Path, seconds: float) -> bool:
     log = (out / "gpu.log").resolve()
     log.unlink(missing_ok=True)
     end = time.monotonic() + seconds
-    facts = describe_machine(task.torch_device, cores())
+    facts = describe_machine(task.torch_device, num_cores())
     results: dict[str, Result] = {}
     for name in names:
         left = end - time.monotonic()

@@ -46,9 +46,8 @@ from benchmarks.yardstick import (
 )
 from dtrain.batch import BOS_ID, PAD_ID
 from dtrain.config import Config
-from dtrain.data.preparation import prepare
+from dtrain.data.preparation import num_cores, prepare
 from dtrain.data.store import PreparedData, TokenStore
-from dtrain.distributed import cores
 from dtrain.metrics import Metrics
 from dtrain.model.positional_encoding import sinusoids
 from dtrain.model.settings import ModelSettings
@@ -485,7 +484,7 @@ def main() -> None:
     parser.add_argument("--peer", action="append", choices=[n for n in CONTESTANTS if n != OURS])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4, help="of each contestant in a round")
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=num_cores())
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     names = [OURS, *(options.peer or ["bucketed", "lean", "random"])]

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from dtrain.config import Config
 from dtrain.data.loader import Loader
 from dtrain.data.plan import DistributedTokenSampler
-from dtrain.distributed import connect, cores
+from dtrain.data.preparation import num_cores
+from dtrain.distributed import connect
 from dtrain.metrics import Metrics
 from dtrain.model.settings import ModelSettings
 from dtrain.preemption import StopSignal
@@ -148,7 +149,7 @@ def describe_machine(device: torch.device, threads: int) -> Row:
     """Say what is measured on, and with what."""
     facts: Row = {
         "processor": _processor(),
-        "cores": cores(),
+        "cores": num_cores(),
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -51,7 +51,7 @@ class Layout:
         mask: True where a cell holds a token, bool [N, L].
         slot_of_cell: int64 [N, L], 0 where the cell is empty; None if the side is padded.
         cell_of_slot: int64 [slots], counting cells row by row, 0 for slack; None if padded.
-        slack_mask: True where a slot holds a token, bool [slots]; None if padded.
+        token_mask: True where a slot holds a token, bool [slots]; None if padded.
     """
 
     lengths: Tensor
@@ -59,7 +59,7 @@ class Layout:
     mask: Tensor
     slot_of_cell: Tensor | None = None
     cell_of_slot: Tensor | None = None
-    slack_mask: Tensor | None = None
+    token_mask: Tensor | None = None
 
     @classmethod
     def padded(cls, lengths: Tensor, max_length: int | None = None) -> "Layout":

@@ -21,12 +21,8 @@ from torch import Tensor, nn
 from dtrain.errors import UserError
 
 FORMAT_VERSION = 1
-MODEL, OPTIMIZER, STATE, MANIFEST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "MANIFEST.json",
-)
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+STATE, MANIFEST, JUDGEMENT = "state.json", "MANIFEST.json", "judgement.json"
 
 
 class CheckpointError(UserError):
@@ -60,8 +56,17 @@ def save(
     return _write(folder, name, tensors, state)
 
 
+def note_judgement(checkpoint: Path, score: float, progress: Mapping[str, Any]) -> None:
+    """Add to a checkpoint how its model was judged afterwards, and the counts after that."""
+    write_json(checkpoint / JUDGEMENT, {"score": score, "progress": progress})
+
+
 def verify(checkpoint: Path) -> str:
-    """Say what is wrong with a checkpoint; the empty string if it is whole."""
+    """Say what is wrong with a checkpoint; the empty string if it is whole.
+
+    Raises:
+        OSError: if it cannot be read now, which says nothing about it.
+    """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, facts in manifest["files"].items():
@@ -70,18 +75,23 @@ def verify(checkpoint: Path) -> str:
                 return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
             if sha256(path) != facts["sha256"]:
                 return f"{name} is damaged: its SHA-256 is not the manifest's"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is damaged: {error}"
     return ""
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read `state.json`.
+    """Read `state.json`, with the counts after the validation if the model was judged.
 
     Raises:
         CheckpointError: if a newer version of dtrain wrote it.
     """
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    with suppress(FileNotFoundError, ValueError):
+        judgement = json.loads((checkpoint / JUDGEMENT).read_text(encoding="utf-8"))
+        state |= {"progress": judgement["progress"]}
     if state["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoint} has format {state['format_version']}; this dtrain reads up to "
@@ -100,14 +110,26 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint that verifies, and say which newer ones do not.
 
     Bad ones are set aside as `NAME.corrupt`. Only rank 0 may call this: it chooses for all.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none is whole.
+        OSError: if one cannot be read now.
     """
     complaints = list[str]()
     for path in steps_saved(folder):
         problem = verify(path)
         if not problem:
             return path, complaints
-        path.rename(path.with_name(f"{path.name}.corrupt"))
+        aside = path.with_name(f"{path.name}.corrupt")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
         complaints.append(f"checkpoint {path} is set aside: {problem}")
+    corrupt = sorted(folder.glob("*.corrupt"))
+    if corrupt:
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged: {', '.join(p.name for p in corrupt)}. "
+            f"Delete them to begin from step 1, or start another run with --run.name=NAME"
+        )
     return None, complaints
 
 
@@ -147,8 +169,8 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> None:
     best = sorted(judged, key=_score, reverse=True)[:keep_best]
     for path in saved[keep_last:]:
         if path not in best:
-            shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".tmp-*"):
+            path.rename(path.with_name(f".tmp-{path.name}"))  # a kill leaves no half of it
+    for path in folder.glob(".tmp-step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -218,7 +240,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pat
         for key, tensor in moments.items():
             if tensor.dim() and tensor.shape != parameter.shape:
                 raise CheckpointError(f"{path}: {name}.{key} has shape {tuple(tensor.shape)}")
-            moments[key] = tensor.to(parameter.device) if tensor.dim() else tensor
+            # The step count too: the fused update reads it where the parameter lies.
+            moments[key] = tensor.to(parameter.device)
         if moments:
             optimizer.state[parameter] = moments
 
@@ -275,13 +298,10 @@ def _write(
     write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
     _sync(temporary / MANIFEST)
     _sync(temporary)
-    final, replaced = folder / name, folder / f".tmp-replaced-{name}"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
+    final = folder / name
+    shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     _sync(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -310,10 +330,8 @@ def _part_state(model: nn.Module, part: str) -> dict[str, Tensor]:
 
 def _score(checkpoint: Path) -> float:
     """Read how good a checkpoint is (higher is better); minus infinity if it was not judged."""
-    with suppress(OSError, ValueError):
-        score = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("score")
-        if score is not None:
-            return float(score)
+    with suppress(FileNotFoundError, ValueError):
+        return float(json.loads((checkpoint / JUDGEMENT).read_text(encoding="utf-8"))["score"])
     return float("-inf")
 
 

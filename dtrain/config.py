@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from dtrain.data.settings import BatchSettings, DataSettings, VocabularySettings
+from dtrain.data.settings import BatchSettings, CorpusSettings, DataSettings, VocabularySettings
 from dtrain.errors import UserError
 from dtrain.metrics import MetricsSettings, WandbSettings
 from dtrain.model.settings import ModelSettings
@@ -34,7 +34,7 @@ class RunSettings(_Section):
     max_epochs: int = Field(0, ge=0, description="total epochs; 0: no limit")
     init_from: str | None = Field(None, description="another run, whose weights to start from")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Literal["auto"] | int = Field(
+    threads: Literal["auto"] | PositiveInt = Field(
         "auto", description="CPU threads a rank; auto: cores / ranks, recorded at the first start"
     )
     deterministic: bool = Field(
@@ -227,6 +227,9 @@ def describe_settings() -> str:
                 lines.append(f"    --{name}.{key}  [{default}]  {item.description or ''}".rstrip())
         else:
             lines += ["", f"    --{name}  [{field.default}]  {field.description}"]
+    lines += ["", "  an entry of data.train; data.validation and data.test are one each:"]
+    for key, item in CorpusSettings.model_fields.items():
+        lines.append(f"    {key}  [{item.default}]  {item.description}")
     return "\n".join(lines)
 
 
@@ -266,10 +269,15 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _explain(item: dict[str, Any], given: dict[str, Any], origin: str) -> str:
     """Say in one line which key is wrong, where it stands, and what would be right."""
-    key = ".".join(part for part in map(str, item["loc"]) if part not in ("int", "bool"))
+    parts, known = [str(part) for part in item["loc"]], set(_known_keys())
+    if item["type"] != "extra_forbidden" and ".".join(parts[:-1]) in known - set(
+        Config.model_fields
+    ):
+        parts.pop()  # which of a setting's several types was tried
+    key = ".".join(parts)
     where = "command line" if any(key.startswith(name) for name in given) else origin
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, list(_known_keys()), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"unknown setting {key} = {item['input']!r} ({where}){hint}"
     message = str(item["msg"]).removeprefix("Value error, ")

@@ -150,7 +150,7 @@ class World:
 
 @contextmanager
 def connect(device: str, timeout: int) -> Iterator[World]:
-    """Join the ranks that torchrun or SLURM started, or be a world of one.
+    """Join the ranks that torchrun started, or be a world of one.
 
     Args:
         device: auto, cpu or cuda.
@@ -164,6 +164,8 @@ def connect(device: str, timeout: int) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
+    if "RANK" in os.environ and not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+        raise UserError("RANK is set, but LOCAL_RANK or LOCAL_WORLD_SIZE is not; use torchrun")
     if "RANK" in os.environ:
         store, rank, size = next(rendezvous("env://", timeout=limit))
     else:
@@ -189,11 +191,6 @@ def alone(device: str) -> World:
         UserError: if the device is not there.
     """
     return World(0, 1, 1, _choose_device(device), HashStore())
-
-
-def cores() -> int:
-    """Count the CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _choose_device(name: str) -> torch.device:

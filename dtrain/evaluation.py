@@ -3,6 +3,7 @@
 Validation during training and `dtrain evaluate` are this one path, shared out over all ranks.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ def negative_log_likelihood(
 ) -> float:
     """Give the mean loss of a store's target tokens, in nats, without smoothing and dropout.
 
+    It is nan if the store is empty, as when every sentence was too long.
+
     Args:
         model: as trained, on every rank.
         store: held-out tokens.
@@ -60,7 +63,7 @@ def negative_log_likelihood(
             sums[0] += objective(batch)[1]
             sums[1] += batch.num_tokens
     nll, num_tokens = world.sum(sums).tolist()
-    return float(nll / num_tokens)
+    return float(nll / num_tokens) if num_tokens else math.nan
 
 
 def translate_lines(

@@ -3,6 +3,7 @@
 import os
 import resource
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -54,16 +55,17 @@ def build_plan(config: Config, data: PreparedData) -> BatchPlan:
 
 def seed_position(seed: int, step: int, index: int) -> None:
     """Seed torch for one micro-batch, so that its dropout depends on nothing but its place."""
-    torch.manual_seed(int(mix64(seed, step, index)[0] >> 1))
+    torch.manual_seed(int(mix64(seed, step, index)[0]) >> 1)
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Resolve `precision`: bf16 where the GPU has it, else fp16 on CUDA, fp32 on the CPU."""
-    if name == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+def choose_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """Say what `precision: auto` means: bf16 where the GPU has it, else fp16; fp32 on the CPU."""
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def configure_torch(config: Config, device: torch.device) -> None:

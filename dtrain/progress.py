@@ -32,12 +32,14 @@ class Progress:
         self.tokens += step.num_target_tokens
         self.cursor = step.end
 
-    def note_score(self, score: float) -> None:
-        """Count a validation."""
+    def note_score(self, score: float) -> bool:
+        """Count a validation; says whether it is the best so far."""
         self.validated_step = self.step
         self.validations_since_best += 1
-        if self.best_score is None or score > self.best_score:
+        is_best = self.best_score is None or score > self.best_score
+        if is_best:
             self.best_score, self.validations_since_best = score, 0
+        return is_best
 
     def to_json(self) -> dict[str, Any]:
         """Give it as JSON holds it."""

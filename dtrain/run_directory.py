@@ -12,7 +12,6 @@ from dtrain.checkpoint import write_json
 from dtrain.config import Config, changed_settings, load_config
 from dtrain.data.vocabulary import Vocabulary
 from dtrain.errors import UserError
-from dtrain.progress import Progress
 
 Status = Literal["running", "completed", "preempted", "failed"]
 
@@ -71,25 +70,17 @@ class RunDirectory:
         write_json(self.status_file, value | {"time": time.time(), "process": os.getpid()})
 
     @contextmanager
-    def refusal_noted(self, is_main: bool) -> Iterator[None]:
-        """Write the status `failed` if a begun, unfinished run is refused, so that none retries."""
-        try:
-            yield
-        except UserError as error:
-            status = self.read_status()
-            if is_main and status and status["status"] != "completed":
-                self.write_status("failed", status["step"], 2, str(error))
-            raise
-
-    @contextmanager
-    def failure_noted(self, is_main: bool, progress: Progress) -> Iterator[None]:
-        """Write the status `failed` if what happens inside does."""
+    def failure_noted(self, is_main: bool) -> Iterator[None]:
+        """Write the status `failed` if what happens inside does, with the step it had last."""
         try:
             yield
         except BaseException as error:
             if is_main:
-                why = f"{type(error).__name__}: {error}"
-                self.write_status("failed", progress.step, 1, why)
+                step, code = (
+                    self.read_status().get("step", 0),
+                    2 if isinstance(error, UserError) else 1,
+                )
+                self.write_status("failed", step, code, f"{type(error).__name__}: {error}")
             raise
 
     def read_status(self) -> dict[str, Any]:

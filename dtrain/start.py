@@ -12,11 +12,11 @@ import torch
 from dtrain import checkpoint
 from dtrain.config import Config
 from dtrain.data.plan import BatchPlan
-from dtrain.data.preparation import is_prepared, prepared_directory
+from dtrain.data.preparation import is_prepared, num_cores, prepared_directory
 from dtrain.data.store import PreparedData
-from dtrain.distributed import World, cores
+from dtrain.distributed import World
 from dtrain.errors import UserError
-from dtrain.parts import build_plan
+from dtrain.parts import build_plan, choose_precision
 from dtrain.preemption import StopSignal
 from dtrain.run_directory import RunDirectory
 
@@ -26,15 +26,17 @@ class Ready:
     """What every rank needs to begin.
 
     Attributes:
-        config: with threads as recorded.
+        config: with threads and precision as recorded.
         data_dir: the prepared directory.
         resume_from: the checkpoint to go on from, if there is one.
+        weights_from: the other run's checkpoint to begin with, if nothing is resumed.
         notices: what the user should know, damaged checkpoints for instance.
     """
 
     config: Config
     data_dir: Path
     resume_from: Path | None
+    weights_from: Path | None
     notices: list[str]
 
 
@@ -50,14 +52,18 @@ def get_ready(config: Config, world: World, stop: StopSignal) -> Ready:
         _prepare(config, world, stop, data_dir)
     data = PreparedData.open(data_dir)
     run = RunDirectory(config.run_dir)
-    config = _with_threads(config, run, world)
+    config = _resolved(config, run, world)
     run.check(config)
     resume_from, notices = checkpoint.newest(run.checkpoints)
     if resume_from is not None:
         saved = checkpoint.read_state(resume_from)["data"]
         check_identity(saved, identity(data, build_plan(config, data)), run.path)
     run.claim(config, data.vocabulary)
-    return Ready(config, data_dir, resume_from, notices)
+    weights_from = None
+    if resume_from is None and config.run.init_from is not None:
+        other = RunDirectory.existing(Path(config.run.init_from))
+        weights_from = checkpoint.choose(other.checkpoints, "best")
+    return Ready(config, data_dir, resume_from, weights_from, notices)
 
 
 def check_world(config: Config, world: World) -> None:
@@ -128,7 +134,7 @@ def _prepare(config: Config, world: World, stop: StopSignal, data_dir: Path) -> 
             "        or let rank 0 do it while the others wait: --run.prepare=true"
         )
     with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / f"{config.run.name}.yaml"
+        settings = Path(folder) / "settings.yaml"
         settings.write_text(config.to_yaml(), encoding="utf-8")
         command = [sys.executable, "-m", "dtrain", "prepare", "--config", str(settings)]
         child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -152,11 +158,17 @@ def _finish(child: "subprocess.Popen[str]", stop: StopSignal) -> str:
                 child.terminate()
 
 
-def _with_threads(config: Config, run: RunDirectory, world: World) -> Config:
-    """Fill in `run.threads: auto`; a begun run keeps its number, which decides the last bits."""
-    if config.run.threads != "auto":
-        return config
-    threads = max(1, cores() // world.local_size)
-    if run.config_file.exists() and run.config.run.threads != "auto":
-        threads = run.config.run.threads
-    return config.model_copy(update={"run": config.run.model_copy(update={"threads": threads})})
+def _resolved(config: Config, run: RunDirectory, world: World) -> Config:
+    """Fill in threads and precision where they are `auto`; a begun run keeps what it had."""
+    begun = run.config if run.config_file.exists() else config
+    threads, precision = config.run.threads, config.precision
+    if threads == "auto":
+        threads = begun.run.threads
+    if threads == "auto":
+        threads = max(1, num_cores() // world.local_size)
+    if precision == "auto":
+        precision = begun.precision
+    if precision == "auto":
+        precision = choose_precision(world.device)
+    run_settings = config.run.model_copy(update={"threads": threads})
+    return config.model_copy(update={"run": run_settings, "precision": precision})

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import math
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,9 +30,9 @@ from dtrain.loss import Objective
 from dtrain.metrics import Metrics
 from dtrain.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from dtrain.parts import (
+    PRECISIONS,
     build_model,
     build_plan,
-    choose_precision,
     configure_torch,
     memory_gib,
     seed_position,
@@ -50,9 +49,9 @@ NUM_SAMPLES = 5
 def run(config: Config) -> int:
     """Train, or go on; gives this rank's exit code."""
     with StopSignal() as stop, connect(config.run.device, config.distributed.timeout) as world:
-        with RunDirectory(config.run_dir).refusal_noted(world.is_main):
-            ready = world.from_main(lambda: get_ready(config, world, stop))
-        Training(ready, world, stop).run()
+        ready = world.from_main(lambda: get_ready(config, world, stop))
+        with RunDirectory(config.run_dir).failure_noted(world.is_main):
+            Training(ready, world, stop).run()
     return 0
 
 
@@ -64,7 +63,7 @@ class Training:
         self.ready, self.world, self.stop = ready, world, stop
         self.directory = RunDirectory(config.run_dir)
         self.data = PreparedData.open(ready.data_dir)
-        self.precision = choose_precision(config.precision, world.device)
+        self.precision = PRECISIONS[config.precision]
         configure_torch(config, world.device)
 
         self.model = build_model(config, self.data.vocabulary).to(world.device)
@@ -78,7 +77,7 @@ class Training:
         )
         self.plan = build_plan(config, self.data)
         self.progress = self.restore()
-        self.last_save = time.monotonic()
+        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
 
     def restore(self) -> Progress:
         """Go on from the checkpoint that rank 0 chose, or begin."""
@@ -89,24 +88,27 @@ class Training:
             checkpoint.load_optimizer(self.optimizer, self.model, path / checkpoint.OPTIMIZER)
             self.scaler.load_state_dict(state["scaler"])
             return Progress.from_json(state["progress"])
-        if self.config.run.init_from is not None:
-            other = RunDirectory.existing(Path(self.config.run.init_from))
-            weights = checkpoint.choose(other.checkpoints, "best")
-            checkpoint.load_module(self.model, weights / checkpoint.MODEL)
+        if self.ready.weights_from is not None:
+            checkpoint.load_module(self.model, self.ready.weights_from / checkpoint.MODEL)
         return Progress()
 
     def run(self) -> None:
         """Train until the last step, the last epoch, lost patience or a signal."""
+        if self.end_reached() and not self.validation_is_due():
+            if self.world.is_main:
+                sys.stdout.write(
+                    f"{self.directory.path} was finished at step {self.progress.step}\n"
+                )
+            return
         sampler = DistributedTokenSampler(self.plan, self.world.size, self.world.rank)
         on_gpu = self.world.device.type == "cuda"
         with (
-            self.directory.failure_noted(self.world.is_main, self.progress),
             self.open_metrics() as self.metrics,
             Loader(sampler, self.data.train, self.progress.cursor, on_gpu) as loader,
         ):
             self.announce()
             if self.validation_is_due():  # a stop came before it
-                self.save(self.validate())
+                self.judge()
             if not self.end_reached():
                 self.discarded_backward()
                 waiting_since = time.perf_counter()
@@ -182,19 +184,31 @@ class Training:
         """Agree with all ranks, validate, save; says whether to leave."""
         settings, step = self.config, self.progress.step
         minutes = settings.checkpoint.every_minutes
-        is_late = bool(minutes) and time.monotonic() - self.last_save > 60 * minutes
+        is_late = bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
         stopping, save_now = self.world.agree(step, self.stop.received is not None, is_late)
-        score = self.validate() if self.validation_is_due() and not stopping else None
-        leaving = stopping or self.end_reached()
-        is_best = score is not None and score == self.progress.best_score
         if (
-            leaving
+            stopping
             or save_now
+            or self.end_reached()
             or self.is_due(settings.checkpoint.every_steps)
-            or (is_best and settings.checkpoint.keep_best > 0)
         ):
-            self.save(score)
+            self.save()
+        if self.validation_is_due() and not stopping:
+            self.judge()
+            (stopping,) = self.world.agree(step, self.stop.received is not None)
+        leaving = stopping or self.end_reached()
+        if leaving:
+            self.save()
         return leaving
+
+    def judge(self) -> None:
+        """Validate, and note the score with this step's checkpoint; the best get one."""
+        score = self.validate()
+        if self.progress.note_score(score) and self.config.checkpoint.keep_best > 0:
+            self.save()
+        if self.saved_step == self.progress.step and self.world.is_main:
+            path = self.directory.checkpoints / checkpoint.checkpoint_name(self.saved_step)
+            checkpoint.note_judgement(path, score, self.progress.to_json())
 
     def validation_is_due(self) -> bool:
         """Whether this step's model is still to be judged: at each period, and at the end."""
@@ -225,18 +239,17 @@ class Training:
         rows = list(zip(sources, references, translations, strict=True))[:NUM_SAMPLES]
         names = "source", "reference", "translation"
         self.metrics.samples(step, [dict(zip(names, row, strict=True)) for row in rows])
-        score = {"bleu": judgement.bleu, "chrf": judgement.chrf, "nll": -nll}[settings.metric]
-        self.progress.note_score(score)
-        return score
+        return {"bleu": judgement.bleu, "chrf": judgement.chrf, "nll": -nll}[settings.metric]
 
-    def save(self, score: float | None) -> None:
-        """Write a checkpoint, from rank 0."""
-        self.last_save = time.monotonic()
+    def save(self) -> None:
+        """Write a checkpoint, from rank 0, unless this step has one."""
+        if self.saved_step == self.progress.step:
+            return
+        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         if not self.world.is_main:
             return
         state = {
             "step": self.progress.step,
-            "score": score,
             "progress": self.progress.to_json(),
             "scaler": self.scaler.state_dict(),
             "data": identity(self.data, self.plan),

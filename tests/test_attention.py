@@ -92,7 +92,7 @@ def test_gradients_of_the_gathers_are_exact():
     slots = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
     cells = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: to_cells(x, layout)[layout.mask], slots)
-    assert torch.autograd.gradcheck(lambda x: to_slots(x, layout)[layout.slack_mask], cells)
+    assert torch.autograd.gradcheck(lambda x: to_slots(x, layout)[layout.token_mask], cells)
     torch.testing.assert_close(to_slots(to_cells(slots, layout), layout)[:6], slots[:6])
 
 

@@ -52,7 +52,7 @@ def test_packed_holds_every_token_at_its_place_and_nothing_else(rows):
         assert layout.is_packed
         assert layout.positions.tolist() == positions[side] + [0] * behind
         num_tokens = len(positions[side])
-        assert layout.slack_mask.tolist() == [True] * num_tokens + [False] * behind
+        assert layout.token_mask.tolist() == [True] * num_tokens + [False] * behind
     assert batch.num_tokens == sum(map(len, targets))
 
 
@@ -69,8 +69,8 @@ def test_cells_of_a_pack_are_those_of_the_padded_batch(rows):
         cells = getattr(pack, name)[layout.slot_of_cell].where(layout.mask, PAD_ID)
         assert cells.tolist() == getattr(rectangle, name).tolist()
         back = getattr(rectangle, name).flatten()[layout.cell_of_slot]
-        assert back[layout.slack_mask].tolist() == getattr(pack, name)[layout.slack_mask].tolist()
-        assert not layout.cell_of_slot[~layout.slack_mask].any()
+        assert back[layout.token_mask].tolist() == getattr(pack, name)[layout.token_mask].tolist()
+        assert not layout.cell_of_slot[~layout.token_mask].any()
     assert pack.num_tokens == rectangle.num_tokens
 
 
@@ -111,7 +111,7 @@ def test_the_empty_batch_has_the_shape_of_all_others_and_counts_nothing():
     assert batch.target_in.tolist() == [BOS_ID] + [PAD_ID] * 3
     for layout in (batch.source_layout, batch.target_layout):
         assert layout.lengths.tolist() == [1]
-        assert layout.slack_mask.sum() == 1
+        assert layout.token_mask.sum() == 1
 
 
 @pytest.mark.parametrize(("slots", "message"), [((4, 9), "5 tokens"), ((5, 6), "7 tokens")])

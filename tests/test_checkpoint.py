@@ -102,7 +102,21 @@ def test_half_a_checkpoint_does_not_exist(tmp_path):
     (tmp_path / ".tmp-step-0000000009-1").mkdir()
     assert checkpoint.newest(tmp_path) == (None, [])
     (tmp_path / "step-0000000009").mkdir()
-    assert checkpoint.newest(tmp_path)[0] is None
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_passing_read_error_condemns_no_checkpoint(tmp_path, monkeypatch):
+    path = checkpoint.save(tmp_path, "step-0000000001", trained()[0], None, {})
+
+    def unreadable(_: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sha256", unreadable)
+        with pytest.raises(OSError, match="Input/output"):
+            checkpoint.newest(tmp_path)
+    assert checkpoint.newest(tmp_path) == (path, [])
 
 
 def test_newest_is_by_number(tmp_path):
@@ -116,7 +130,9 @@ def test_prune_keeps_the_last_and_the_best(tmp_path):
     model, _ = trained()
     for step, score in enumerate([1.0, 9.0, None, 3.0, 2.0, None], start=1):
         name = checkpoint.checkpoint_name(step)
-        checkpoint.save(tmp_path, name, model, None, {"score": score})
+        path = checkpoint.save(tmp_path, name, model, None, {"progress": {}})
+        if score is not None:
+            checkpoint.note_judgement(path, score, {"best_score": score})
     (tmp_path / ".tmp-step-1-2").mkdir()
     checkpoint.prune(tmp_path, keep_last=2, keep_best=2)
     kept = [int(path.name[5:]) for path in reversed(checkpoint.steps_saved(tmp_path))]

@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 from worlds import run_world
 
 from dtrain import distributed
-from dtrain.distributed import alone, connect, cores
+from dtrain.distributed import alone, connect
 from dtrain.errors import UserError
 
 
@@ -225,13 +225,3 @@ def test_each_local_rank_has_a_gpu_of_its_own_or_is_one_too_many(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="local rank 2 has no GPU: this machine has 2"):
         alone("cuda")
-
-
-def test_cores_are_those_that_this_process_may_use():
-    allowed = os.sched_getaffinity(0)
-    assert cores() == len(allowed)
-    try:
-        os.sched_setaffinity(0, {min(allowed)})
-        assert cores() == 1
-    finally:
-        os.sched_setaffinity(0, allowed)

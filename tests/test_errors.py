@@ -13,12 +13,20 @@ def test_a_mistake_is_one_message_and_exit_code_2(capsys, monkeypatch):
     assert capsys.readouterr().err == "dtrain: data/train.en is empty\n"
 
 
-def test_other_ranks_leave_silently(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+def test_other_ranks_let_rank_0_speak_first(capsys, monkeypatch):
+    """Its launcher ends them meanwhile, unless rank 0 knows of no mistake."""
+    said_after = []
+
+    def sleep(seconds):
+        said_after.append((seconds, capsys.readouterr().err))
+
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit) as exit_, shown_to_user():
-        raise UserError("data/train.en is empty")
+        raise UserError("local rank 3 has no GPU")
     assert exit_.value.code == 2
-    assert not capsys.readouterr().err
+    assert said_after == [(10.0, "")]
+    assert capsys.readouterr().err == "dtrain: local rank 3 has no GPU\n"
 
 
 def test_a_failure_keeps_its_traceback():

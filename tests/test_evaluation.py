@@ -1,3 +1,7 @@
+import math
+from unittest.mock import MagicMock
+
+import numpy as np
 import pytest
 import sacrebleu
 import torch
@@ -78,6 +82,14 @@ def test_dropout_is_off_for_a_while(ready, toy, training):
     )
     assert found == expected
     assert with_dropout.training is training
+
+
+def test_no_tokens_have_no_loss(ready):
+    """Such as those of a validation set whose every pair was dropped."""
+    model, _, _, plan = ready
+    store = MagicMock(__len__=lambda _: 0)
+    store.source_lengths.return_value = store.target_lengths.return_value = np.empty(0, np.int64)
+    assert math.isnan(negative_log_likelihood(model, store, plan, alone("cpu")))
 
 
 # ------------------------------------------------------------------ translations

@@ -154,7 +154,7 @@ def test_a_stop_signal_ends_the_preparation(unprepared, python_stand_in, tmp_pat
 
 
 def test_threads_are_the_cores_shared_out_and_stay_so(toy, monkeypatch):
-    monkeypatch.setattr(start, "cores", lambda: 8)
+    monkeypatch.setattr(start, "num_cores", lambda: 8)
     first = make_ready(toy(run__threads="auto"), world_of(2, 2))
     assert first.config.run.threads == 4
     assert make_ready(toy(run__threads="auto"), world_of(8, 8)).config.run.threads == 4
@@ -165,7 +165,8 @@ def test_threads_are_the_cores_shared_out_and_stay_so(toy, monkeypatch):
 def test_a_new_run_goes_on_from_nowhere(toy):
     ready = make_ready(toy())
     assert (ready.resume_from, ready.notices) == (None, [])
-    assert ready.config == toy()
+    assert ready.weights_from is None
+    assert ready.config == toy(precision="fp32")
 
 
 AS_TRAINED = {

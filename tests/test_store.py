@@ -145,12 +145,11 @@ def test_blank_after_normalisation_is_blank(tmp_path):
     assert ready.manifest.splits["test"].corpora[0].dropped["blank"].first_lines == [1]
 
 
-def test_a_split_without_tokens_can_be_opened(tmp_path):
+def test_a_split_without_tokens_is_refused(tmp_path):
     data = settings(tmp_path / "text")
     blank = write_corpus(tmp_path, "blank", [""], [""])
-    ready = prepared(data.model_copy(update={"test": data.validation.model_validate(blank)}))
-    assert len(ready.test) == 0
-    assert ready.text("test") == ([""], [""])
+    with pytest.raises(UserError, match=r"data.test: no pair can be judged \(1 blank\)"):
+        prepared(data.model_copy(update={"test": data.validation.model_validate(blank)}))
 
 
 def test_large_vocabularies_take_four_bytes_a_token():
@@ -181,7 +180,7 @@ def test_prepared_twice_it_is_the_same(ready, tmp_path):
 
 
 def test_other_content_has_another_fingerprint(ready, tmp_path):
-    shorter = prepared(settings(tmp_path / "shorter", max_length=20))
+    shorter = prepared(settings(tmp_path / "shorter", max_length=40))
     assert shorter.manifest.fingerprint != ready.manifest.fingerprint
 
 

@@ -91,6 +91,7 @@ def test_two_ranks_stop_at_the_same_step_and_go_on_the_same(toy):
     same_after_a_stop(toy, 2, validation__every_steps=6, validation__beam_size=2)
 
 
+@pytest.mark.slow
 def test_a_validation_that_a_stop_cut_off_is_made_up_for(toy):
     same_after_a_stop(toy, 1, validation__every_steps=5, validation__beam_size=1)
     assert [x["step"] for x in metrics_of(toy("stopped")) if "validation/bleu" in x] == [5, 10, 12]
@@ -103,6 +104,7 @@ def test_more_ranks_and_several_buckets_go_on_bit_for_bit(toy, size):
     same_after_a_stop(toy, size, model__feed_forward_dim=8192)
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(toy):
     first, other = toy("first"), toy("other", run__seed=2)
     run_world(1, run, first)
@@ -254,6 +256,7 @@ def written_paths(config: Config) -> list[str]:
     return written
 
 
+@pytest.mark.slow
 def test_only_rank_0_writes(toy):
     first, *others = run_world(3, written_paths, toy("run", checkpoint__every_steps=4))
     assert len(first) > 10
@@ -360,6 +363,7 @@ def test_a_failure_is_written_down(toy):
     assert "ZeroDivisionError" in str(status_of(config)["why"])
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run(toy):
     config = toy(
         "run",
@@ -376,6 +380,7 @@ def test_patience_ends_a_run(toy):
 # ------------------------------------------------------------------ numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_keeps_weights_and_moments_in_fp32(toy, precision):
     same_after_a_stop(toy, 1, precision=precision)

@@ -46,7 +46,7 @@ def packed(sources, targets, source_slots, target_slots) -> Batch:
 
 def unpacked(slots: torch.Tensor, layout: Layout) -> torch.Tensor:
     """[slots, ...] -> one row a token, sentence by sentence, slack left out."""
-    return slots[layout.slack_mask]
+    return slots[layout.token_mask]
 
 
 def tokens_of(cells: torch.Tensor, layout: Layout) -> torch.Tensor:

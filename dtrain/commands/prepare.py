@@ -1,6 +1,8 @@
 """`dtrain prepare`: learn the vocabulary and write the tokens, once for all runs on this data."""
 
 import argparse
+import signal
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,8 @@ def main(arguments: argparse.Namespace) -> int:
     from dtrain.data.preparation import is_prepared, prepare, prepared_directory
     from dtrain.data.store import read_manifest
 
+    # A preempted preparation removes what it had begun, as after any other error.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     config = load_config(arguments.config, arguments.overrides)
     other = config.vocabulary_of
     directory = prepared_directory(config.data, config.vocabulary, other)

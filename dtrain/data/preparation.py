@@ -173,6 +173,12 @@ def write_prepared(
     if train.num_pairs == 0:
         raise UserError(f"data.train: nothing is left to learn from ({summary(train.corpora)})")
 
+    for split, report_of_split in splits.items():
+        if report_of_split.num_pairs == 0:
+            raise UserError(
+                f"data.{split}: no pair can be judged ({summary(report_of_split.corpora)})"
+            )
+
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     records = {path.relative_to(directory).as_posix(): record_file(path) for path in files}
     manifest = Manifest(

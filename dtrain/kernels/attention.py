@@ -109,7 +109,7 @@ def to_cells(x: Tensor, layout: Layout) -> Tensor:
     """
     if layout.slot_of_cell is None:
         return x
-    return _gather(x, layout.slot_of_cell, layout.cell_of_slot, layout.slack_mask)
+    return _gather(x, layout.slot_of_cell, layout.cell_of_slot, layout.token_mask)
 
 
 def to_slots(x: Tensor, layout: Layout) -> Tensor:
