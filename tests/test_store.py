@@ -180,7 +180,7 @@ def test_prepared_twice_it_is_the_same(ready, tmp_path):
 
 
 def test_other_content_has_another_fingerprint(ready, tmp_path):
-    shorter = prepared(settings(tmp_path / "shorter", max_length=40))
+    shorter = prepared(settings(tmp_path / "shorter", max_length=28))
     assert shorter.manifest.fingerprint != ready.manifest.fingerprint
 
 
