@@ -96,9 +96,9 @@ class Training:
         """Train until the last step, the last epoch, lost patience or a signal."""
         if self.end_reached() and not self.validation_is_due():
             if self.world.is_main:
-                sys.stdout.write(
-                    f"{self.directory.path} was finished at step {self.progress.step}\n"
-                )
+                why = f"finished at step {self.progress.step}"
+                self.directory.write_status("completed", self.progress.step, 0, why)
+                sys.stdout.write(f"{self.directory.path} is {why} already\n")
             return
         sampler = DistributedTokenSampler(self.plan, self.world.size, self.world.rank)
         on_gpu = self.world.device.type == "cuda"

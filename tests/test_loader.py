@@ -1,3 +1,4 @@
+import signal
 import threading
 import time
 from itertools import islice
@@ -38,6 +39,20 @@ class Sentences:
             raise OSError("the disk is gone")
         lengths = self.source_lengths(ids), self.target_lengths(ids)
         return tuple((np.repeat(ids + 4, n), n) for n in lengths)
+
+
+@pytest.fixture(autouse=True)
+def alarm():
+    """Turn waiting for ever, what a broken loader would do, into a failure."""
+
+    def ring(*_):
+        raise TimeoutError("the loader hangs")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def make_sampler(num_replicas=1, rank=0, micro_batches=3) -> DistributedTokenSampler:

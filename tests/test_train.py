@@ -314,7 +314,9 @@ def test_more_steps_go_on_and_a_finished_run_stays_as_it_is(toy):
     run_world(1, run, toy("run", run__max_steps=3))
     run_world(1, run, toy("run", run__max_steps=6))
     weights = last_weights(toy("run"))
+    (toy("run").run_dir / "status.json").write_text('{"status": "running"}', encoding="utf-8")
     run_world(1, run, toy("run", run__max_steps=6))
+    assert status_of(toy("run"))["status"] == "completed"
     assert last_weights(toy("run")) == weights
     assert [line["step"] for line in metrics_of(toy("run"))] == [1, 2, 3, 4, 5, 6]
 
