@@ -58,11 +58,11 @@ def get_ready(config: Config, world: World, stop: StopSignal) -> Ready:
     if resume_from is not None:
         saved = checkpoint.read_state(resume_from)["data"]
         check_identity(saved, identity(data, build_plan(config, data)), run.path)
-    run.claim(config, data.vocabulary)
     weights_from = None
     if resume_from is None and config.run.init_from is not None:
         other = RunDirectory.existing(Path(config.run.init_from))
         weights_from = checkpoint.choose(other.checkpoints, "best")
+    run.claim(config, data.vocabulary)
     return Ready(config, data_dir, resume_from, weights_from, notices)
 
 

@@ -76,26 +76,34 @@ def test_translate_gives_one_line_for_each_line(dtrain, run):
     assert all(line.count("\n") == 1 and line != "\n" for line in alone)
 
 
+UNCUT = "old\u0085dog\u2028red\x0bcat\x0cnew\rhouse"
+"""What str.splitlines would cut into six lines."""
+
+
 @pytest.mark.parametrize(
-    ("text", "lines"),
+    ("text", "blank"),
     [
-        ("old dog\n\nnew house\n", 3),
-        ("\n\n", 2),
-        ("", 0),
-        ("old dog", 1),  # no line feed at the end
-        ("old dog\r\n\r\nnew house\r\n", 3),
-        ("old\u0085dog\u2028red\x0bcat\x0cnew\rhouse\n", 1),  # what str.splitlines would cut at
-        ("  \t\u3000\n", 1),
-        ("never seen: \u4e2d\u6587 \U0001f600\n", 1),
+        ("old dog\n\nnew house\n", [False, True, False]),
+        ("\n\n", [True, True]),
+        ("", []),
+        ("old dog", [False]),  # no line feed at the end
+        ("old dog\r\n\r\nnew house\r\n", [False, True, False]),
+        (f"{UNCUT}\nold dog\n", [False, False]),
+        ("  \t\u3000\n", [True]),
     ],
 )
-def test_translate_cuts_at_line_feeds_only_and_keeps_blank_lines(dtrain, run, text, lines):
-    out = dtrain("translate", run, stdin=text.encode())
-    assert out.count("\n") == lines
-    blank = [not line.strip() for line in text.split("\n")[:lines]]
-    assert [not line for line in out.split("\n")[:lines]] >= blank
-    for line, is_blank in zip(out.split("\n"), blank, strict=False):
-        assert not (is_blank and line)
+def test_a_blank_line_gives_a_blank_line(dtrain, run, text, blank):
+    *lines, rest = dtrain("translate", run, stdin=text.encode()).split("\n")
+    assert [not line for line in lines] == blank
+    assert rest == ""
+
+
+def test_lines_end_at_line_feeds_only():
+    assert list(translate.decoded([f"{UNCUT}\n".encode(), b"\r\n", b"end"])) == [UNCUT, "", "end"]
+
+
+def test_words_never_seen_are_no_mistake(dtrain, run):
+    assert dtrain("translate", run, stdin="\u4e2d\u6587 \U0001f600\n".encode()).count("\n") == 1
 
 
 def test_translate_takes_any_number_of_lines_piece_by_piece(dtrain, run, monkeypatch):

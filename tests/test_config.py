@@ -132,4 +132,4 @@ def test_print_config_shows_what_would_run(config_file, module):
         text=True,
         check=True,
     )
-    assert yaml.safe_load(shown.stdout) == load_config(config_file).model_dump()
+    assert yaml.safe_load(shown.stdout) == load_config(config_file).model_dump(mode="json")

@@ -59,15 +59,36 @@ def test_the_loss_equals_a_loop_over_sentences(ready):
     assert found == pytest.approx(loss_of_a_loop(model, data), abs=1e-5)
 
 
-def test_the_loss_is_the_same_on_any_number_of_ranks(ready):
+class Counted:
+    """A store that counts the sentences asked of it."""
+
+    def __init__(self, store):
+        self.store, self.gathered = store, 0
+
+    def __len__(self):
+        return len(self.store)
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+    def gather(self, ids):
+        self.gathered += len(ids)
+        return self.store.gather(ids)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_the_loss_and_all_get_it(ready, size):
     model, _, data, plan = ready
 
     def task(world):
-        return negative_log_likelihood(model, data.validation, plan, world)
+        store = Counted(data.train)
+        return negative_log_likelihood(model, store, plan, world), store.gathered
 
-    one = task(alone("cpu"))
-    assert on_ranks(2, task) == pytest.approx([one] * 2, abs=1e-6)
-    assert on_ranks(3, task) == pytest.approx([one] * 3, abs=1e-6)
+    expected, num_sentences = task(alone("cpu"))
+    found, shares = zip(*on_ranks(size, task), strict=True)
+    assert found == pytest.approx([expected] * size, abs=1e-6)
+    assert sum(shares) == num_sentences == 600
+    assert min(shares) > 600 / size / 2
 
 
 @pytest.mark.parametrize("training", [True, False])

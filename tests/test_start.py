@@ -1,5 +1,6 @@
 """What rank 0 does before training; `alone` and made-up worlds need no other process."""
 
+import json
 import os
 import re
 import shlex
@@ -15,8 +16,8 @@ import pytest
 import torch
 
 from dtrain import __main__, start
-from dtrain.checkpoint import steps_saved
-from dtrain.data.preparation import prepare
+from dtrain.checkpoint import sha256, steps_saved, write_json
+from dtrain.data.preparation import prepare, prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.distributed import World, alone
 from dtrain.errors import UserError
@@ -161,6 +162,63 @@ def test_threads_are_the_cores_shared_out_and_stay_so(toy, monkeypatch):
     assert make_ready(toy(run__threads=2), world_of(4, 4)).config.run.threads == 2
     monkeypatch.setattr(start, "num_cores", lambda: 3)
     assert make_ready(toy("other", run__threads="auto"), world_of(4, 4)).config.run.threads == 1
+
+
+def test_the_precision_is_recorded_and_stays_so(toy, monkeypatch):
+    """Else a run would go on in another precision on a GPU that has a better one."""
+    monkeypatch.setattr(start, "choose_precision", lambda _: "fp16")
+    assert make_ready(toy()).config.precision == "fp16"
+    monkeypatch.setattr(start, "choose_precision", lambda _: "bf16")
+    assert make_ready(toy()).config.precision == "fp16"
+    assert make_ready(toy("other")).config.precision == "bf16"
+
+
+def test_more_ranks_than_micro_batches_are_refused_with_what_works(toy):
+    assert make_ready(toy(), world_of(4, 4)).config.batch.micro_batches_per_step == 4
+    with pytest.raises(UserError) as caught:
+        make_ready(toy("wide"), world_of(8, 8))
+    message = str(caught.value)
+    assert "8 ranks cannot share the 4 micro-batches of a step; start at most 4" in message
+    assert "set batch.tokens_per_micro_batch to 64 or less" in message
+    assert not toy("wide").run_dir.exists()
+
+
+def tuned(toy, base, tmp_path):
+    """Settings of a run that starts from another's weights, its tokens prepared."""
+    config = toy("tuned", run__init_from=base, data__dir=tmp_path / "tuned")
+    vocabulary = config.vocabulary_of
+    directory = prepared_directory(config.data, config.vocabulary, vocabulary)
+    prepare(config.data, config.vocabulary, directory, lambda _: None, vocabulary)
+    return config
+
+
+def test_fine_tuning_begins_with_the_best_checkpoint_and_once(toy, trained, tmp_path):
+    config = tuned(toy, trained.run_dir, tmp_path)
+    best = trained.run_dir / "checkpoints" / "step-0000000100"
+    assert make_ready(config).weights_from == best
+    shutil.copytree(best, config.run_dir / "checkpoints" / best.name)
+    state = config.run_dir / "checkpoints" / best.name / "state.json"
+    content = json.loads(state.read_text(encoding="utf-8"))
+    data = PreparedData.open(tmp_path / "tuned")
+    content["data"] = identity(data, build_plan(config, data))
+    write_json(state, content)
+    manifest = state.with_name("MANIFEST.json")
+    files = json.loads(manifest.read_text(encoding="utf-8"))
+    files["files"]["state.json"] = {"size": state.stat().st_size, "sha256": sha256(state)}
+    write_json(manifest, files)
+    ready = make_ready(config)
+    assert ready.resume_from == state.parent
+    assert ready.weights_from is None
+
+
+def test_fine_tuning_from_a_run_without_checkpoints_begins_nothing(toy, trained, tmp_path):
+    (tmp_path / "bare").mkdir()
+    for name in ("config.yaml", "vocabulary.model"):
+        shutil.copy(trained.run_dir / name, tmp_path / "bare" / name)
+    config = tuned(toy, tmp_path / "bare", tmp_path)
+    with pytest.raises(UserError, match="there is no checkpoint 'best'"):
+        make_ready(config)
+    assert not config.run_dir.exists()
 
 
 def test_a_new_run_goes_on_from_nowhere(toy):
