@@ -102,6 +102,11 @@ class Task:
         return torch.device(self.device)
 
     @property
+    def seconds_a_product(self) -> float:
+        """For how long a matrix product is repeated to measure it."""
+        return 0.01 if self.is_tiny else 0.3
+
+    @property
     def vocabulary_size(self) -> int:
         """Pieces of the vocabulary that both languages share."""
         return 128 if self.is_tiny else 32_000
@@ -168,7 +173,7 @@ def matrix_products(task: Task) -> Iterator[Row]:
         pairs = [(width, width), (width, 3 * width), (width, inner), (inner, width)]
         shapes += [(tokens, k, n) for k, n in [*pairs, (width, pieces)]]
     for shape in dict.fromkeys(shapes):
-        rate = matmul_rate(shape, torch.bfloat16, task.torch_device, 0.3)
+        rate = matmul_rate(shape, torch.bfloat16, task.torch_device, task.seconds_a_product)
         yield {
             "bf16 matrix product": "x".join(map(str, shape)),
             "TFLOP/s": rate / 1e12,
@@ -329,7 +334,7 @@ def trained(config: Callable[..., Config], max_steps: int) -> dict[str, str]:
 def speed(task: Task, name: str) -> Iterator[Row]:
     """Measure training steps as `dtrain.train` runs them, eager and compiled."""
     size = (64,) * 3 if task.is_tiny else (8192,) * 3
-    ceiling = matmul_rate(size, torch.bfloat16, task.torch_device, 0.3)
+    ceiling = matmul_rate(size, torch.bfloat16, task.torch_device, task.seconds_a_product)
     for tokens in (32_768, 4096):
         for compiled, mode in MODES.items():
             config = task.config(task.model(name), tokens, kernels__compile=compiled)

@@ -1,6 +1,5 @@
 """What rank 0 does before training; `alone` and made-up worlds need no other process."""
 
-import json
 import os
 import re
 import shlex
@@ -15,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrain import __main__, start
-from dtrain.checkpoint import sha256, steps_saved, write_json
+from dtrain import __main__, checkpoint, start
+from dtrain.checkpoint import steps_saved
 from dtrain.data.preparation import prepare, prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.distributed import World, alone
@@ -185,7 +184,7 @@ def test_more_ranks_than_micro_batches_are_refused_with_what_works(toy):
 
 def tuned(toy, base, tmp_path):
     """Settings of a run that starts from another's weights, its tokens prepared."""
-    config = toy("tuned", run__init_from=base, data__dir=tmp_path / "tuned")
+    config = toy("tuned", run__init_from=base, data__dir=tmp_path / "tokens")
     vocabulary = config.vocabulary_of
     directory = prepared_directory(config.data, config.vocabulary, vocabulary)
     prepare(config.data, config.vocabulary, directory, lambda _: None, vocabulary)
@@ -196,18 +195,12 @@ def test_fine_tuning_begins_with_the_best_checkpoint_and_once(toy, trained, tmp_
     config = tuned(toy, trained.run_dir, tmp_path)
     best = trained.run_dir / "checkpoints" / "step-0000000100"
     assert make_ready(config).weights_from == best
-    shutil.copytree(best, config.run_dir / "checkpoints" / best.name)
-    state = config.run_dir / "checkpoints" / best.name / "state.json"
-    content = json.loads(state.read_text(encoding="utf-8"))
-    data = PreparedData.open(tmp_path / "tuned")
-    content["data"] = identity(data, build_plan(config, data))
-    write_json(state, content)
-    manifest = state.with_name("MANIFEST.json")
-    files = json.loads(manifest.read_text(encoding="utf-8"))
-    files["files"]["state.json"] = {"size": state.stat().st_size, "sha256": sha256(state)}
-    write_json(manifest, files)
+    data = PreparedData.open(tmp_path / "tokens")
+    state = {"step": 1, "data": identity(data, build_plan(config, data))}
+    folder = config.run_dir / "checkpoints"
+    own = checkpoint.save(folder, "step-0000000001", torch.nn.Linear(1, 1), None, state)
     ready = make_ready(config)
-    assert ready.resume_from == state.parent
+    assert ready.resume_from == own
     assert ready.weights_from is None
 
 

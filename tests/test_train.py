@@ -423,7 +423,7 @@ def test_an_update_that_is_not_finite_is_skipped(toy):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler, of itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of itself
 def test_compiled_training_is_the_same_training(toy):
     plain, compiled = toy("plain", run__max_steps=3), toy("compiled", run__max_steps=3)
     run_world(1, run, plain)
