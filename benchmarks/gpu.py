@@ -289,7 +289,7 @@ def gradients_of(training: train.Training, batch: Batch) -> dict[str, Tensor]:
 
 def resume(task: Task) -> Iterator[Row]:
     """Train 2N steps at once, and N and N: deterministic, so that every bit must be the same."""
-    half = 3 if task.is_tiny else 10
+    half = 2 if task.is_tiny else 10
     differing = []
     for compiled, mode in MODES.items():
         straight, stopped = (
