@@ -3,6 +3,7 @@
 import inspect
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     _SYNC_BUFFERS = "broadcast_buffers"
 
+MEETING_SECONDS = 0.02
+SECONDS_TO_LEAVE = 10.0
 HEARTBEAT_SECONDS = 5.0
 HEARTBEATS_MISSED = 12  # after a minute without a sign of rank 0 the others give up
 
@@ -104,6 +107,78 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def tree_sum(self, values: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place and in the order of a binary tree over them.
+
+        Ranks exchange with the neighbour, then neighbouring pairs with each other, and so on: a
+        sum of 8 is ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), on every rank, bit for bit, since
+        a + b is b + a. The number of ranks must be a power of two.
+        """
+        theirs = torch.empty_like(values)
+        distance = 1
+        while distance < self.size:
+            partner = self.rank ^ distance
+            exchange = [
+                dist.P2POp(dist.isend, values, partner),
+                dist.P2POp(dist.irecv, theirs, partner),
+            ]
+            for work in dist.batch_isend_irecv(exchange):
+                work.wait()
+            values += theirs
+            distance *= 2
+        return values
+
+    def check_same(self, what: str, value: int) -> None:
+        """Make sure that all ranks have the same 64-bit number.
+
+        Raises:
+            RuntimeError: on every rank, naming those that most others disagree with.
+        """
+        values = self.gather(value)
+        usual = max(values, key=values.count)
+        strange = [rank for rank, theirs in enumerate(values) if theirs != usual]
+        if strange:
+            names = ", ".join(map(str, strange))
+            raise RuntimeError(
+                f"ranks do not agree: {what} of rank {names} differ from the other ranks'. A fault "
+                f"of memory, processor or link; the last checkpoint was the same on all ranks"
+            )
+
+    def meet(self) -> None:
+        """Wait until every rank is here, however long that takes.
+
+        For what lasts longer on one rank than collectives may wait for each other; a rank that
+        never comes is the heartbeat's business.
+        """
+        if self.size == 1:
+            return
+        place = f"meeting/{self.store.add(f'meetings/{self.rank}', 1)}"
+        self.store.add(place, 1)
+        while self.store.add(place, 0) < self.size:
+            time.sleep(MEETING_SECONDS)
+
+    def leave(self) -> None:
+        """Go, rank 0 last: it may hold the store that others still speak to."""
+        left = self.store.add("left", 1)
+        deadline = time.monotonic() + SECONDS_TO_LEAVE
+        while self.is_main and left < self.size and time.monotonic() < deadline:
+            time.sleep(MEETING_SECONDS)
+            left = self.store.add("left", 0)
+
+    def set_timeout(self, seconds: int) -> None:
+        """Let collectives from now on fail after so many seconds without one of the ranks."""
+        if self.size > 1:
+            dist.barrier()  # nobody may be under the shorter limit while others are slow to start
+        c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+    def call_off(self, what: str) -> None:
+        """Tell all ranks, while they work apart, that something is not wanted any more."""
+        self.store.set(f"off/{what}", "")
+
+    def is_called_off(self, what: str) -> bool:
+        """Whether any rank called something off."""
+        return bool(self.store.check([f"off/{what}"]))
+
     def from_main(self, task: Callable[[], Any]) -> Any:
         """Let rank 0 run `task` and give all ranks its value (a picklable one).
 
@@ -179,9 +254,11 @@ def connect(device: str, timeout: int) -> Iterator[World]:
         timeout=limit,
         device_id=chosen if chosen.type == "cuda" else None,
     )
-    yield World(rank, size, local_size, chosen, c10d.PrefixStore("dtrain", store))
+    world = World(rank, size, local_size, chosen, c10d.PrefixStore("dtrain", store))
+    yield world
     # Only on success: after an error a peer may be stuck in a collective, and cleaning up joins it.
     dist.destroy_process_group()
+    world.leave()
 
 
 def alone(device: str) -> World:

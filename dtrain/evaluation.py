@@ -3,8 +3,9 @@
 Validation during training and `dtrain evaluate` are this one path, shared out over all ranks.
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,10 +20,13 @@ from dtrain.data.vocabulary import Vocabulary
 from dtrain.distributed import World
 from dtrain.loss import Objective
 from dtrain.model.transformer import Transformer
-from dtrain.search import search
+from dtrain.search import Hypothesis, search
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Score
+
+
+LINES_AT_ONCE = 128  # between them a rank shows that it is alive, and can be stopped
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,16 @@ class Judgement:
     chrf_signature: str
 
 
+class CutShortError(Exception):
+    """A rank did not want to go on; raised on all of them."""
+
+
 def negative_log_likelihood(
-    model: Transformer, store: Store, plan: BatchPlan, world: World
+    model: Transformer,
+    store: Store,
+    plan: BatchPlan,
+    world: World,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> float:
     """Give the mean loss of a store's target tokens, in nats, without smoothing and dropout.
 
@@ -47,6 +59,10 @@ def negative_log_likelihood(
         store: held-out tokens.
         plan: whose micro-batch sizes are used.
         world: ranks that share the work; all get the result.
+        go_on: asked before each batch.
+
+    Raises:
+        CutShortError: if `go_on` said no on any rank.
     """
     everything = np.arange(len(store))
     micro_batches = pack(
@@ -57,8 +73,8 @@ def negative_log_likelihood(
     )
     objective = Objective(model, label_smoothing=0.0)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    with _evaluating(model):
-        for ids in micro_batches[world.rank :: world.size]:
+    with _evaluating(model), _together(world, go_on) as may_go_on:
+        for ids in itertools.takewhile(may_go_on, micro_batches[world.rank :: world.size]):
             batch = collate(plan, store, ids).to(world.device)
             sums[0] += objective(batch)[1]
             sums[1] += batch.num_tokens
@@ -73,13 +89,30 @@ def translate_lines(
     world: World,
     beam_size: int,
     length_penalty: float,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> list[str]:
-    """Translate lines, in their order; the ranks share them, and all get all translations."""
+    """Translate lines, in their order; the ranks share them, and all get all translations.
+
+    Args:
+        model: on every rank.
+        vocabulary: of the model.
+        lines: text to translate.
+        world: ranks that share the work.
+        beam_size: see `search`.
+        length_penalty: see `search`.
+        go_on: asked every LINES_AT_ONCE lines.
+
+    Raises:
+        CutShortError: if `go_on` said no on any rank.
+    """
     by_length = sorted(range(len(lines)), key=lambda i: (len(lines[i]), i))
     mine = by_length[world.rank :: world.size]
     sources = vocabulary.encode_source([lines[i] for i in mine])
-    with _evaluating(model):
-        found = search(model, sources, beam_size, length_penalty)
+    found = list[Hypothesis]()
+    with _evaluating(model), _together(world, go_on) as may_go_on:
+        for first in itertools.takewhile(may_go_on, range(0, len(mine), LINES_AT_ONCE)):
+            some = sources[first : first + LINES_AT_ONCE]
+            found += search(model, some, beam_size, length_penalty)
     texts = vocabulary.decode_target([hypothesis.ids for hypothesis in found])
     everything = dict[int, str]()
     for share in world.gather(list(zip(mine, texts, strict=True))):
@@ -101,10 +134,31 @@ def judge(translations: Sequence[str], references: Sequence[str]) -> Judgement:
 
 
 @contextmanager
+def _together(world: World, go_on: Callable[[], bool]) -> Iterator[Callable[[object], bool]]:
+    """Let ranks work apart for as long as they like, and leave together, or all by CutShortError.
+
+    What the context gives says before each piece of work whether to do it.
+    """
+    cut_short = False
+
+    def may_go_on(_: object) -> bool:
+        nonlocal cut_short
+        cut_short = cut_short or not go_on()
+        return not cut_short
+
+    yield may_go_on
+    world.meet()
+    if any(world.gather(cut_short)):
+        raise CutShortError
+
+
+@contextmanager
 def _evaluating(model: Transformer) -> Iterator[None]:
     """Turn dropout and gradients off for a while."""
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        yield
-    model.train(was_training)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)

@@ -124,6 +124,41 @@ class Metrics:
             self._console.message(f"warning: cannot write the translations: {error}")
         self._console.samples(step, rows)
 
+    def skipped(
+        self,
+        step: int,
+        norm: float,
+        losses: Sequence[float],
+        micro_batches: Mapping[int, Iterable[int]],
+    ) -> None:
+        """Record a step whose update was skipped in `skipped.jsonl`.
+
+        Args:
+            step: its number.
+            norm: of the gradient, not finite.
+            losses: summed over each micro-batch of the step.
+            micro_batches: sentence ids of those under suspicion, by their index.
+        """
+        if self._record is None or self._console is None:
+            return
+        facts = {
+            "step": step,
+            "grad_norm": _plain_number(norm),
+            "micro_batches": [
+                {"index": i, "loss": _plain_number(losses[i]), "sentences": [int(n) for n in ids]}
+                for i, ids in micro_batches.items()
+            ],
+        }
+        try:
+            self._record.add_skipped(facts)
+        except OSError as error:
+            self._console.message(f"warning: cannot write skipped.jsonl: {error}")
+        names = ", ".join(map(str, micro_batches))
+        self._console.message(
+            f"step {step}: the gradient is not finite ({norm}), update skipped; "
+            f"skipped.jsonl names the sentences of micro-batch {names}"
+        )
+
     def message(self, text: str) -> None:
         """Show a plain notice, without garbling the live line."""
         if self._console is not None:
@@ -156,7 +191,7 @@ class Metrics:
 
 
 class Record:
-    """`metrics.jsonl` and `samples.jsonl` of a run, in order of steps, each step once.
+    """The `.jsonl` files of a run: metrics, samples, skipped; in order of steps, each step once.
 
     A line reaches the operating system before `add` returns, so a killed process loses none.
     """
@@ -169,6 +204,7 @@ class Record:
         self._metrics = _Lines(self.path, len(last_line))
         _cut(run / "samples.jsonl", resume_step)
         self._samples = _Lines(run / "samples.jsonl", 0)
+        _cut(run / "skipped.jsonl", resume_step)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Write a step's line, or write it anew with more values."""
@@ -184,8 +220,14 @@ class Record:
         """Write one line for each row."""
         self._samples.write(b"".join(_json_line({"step": step, **row}) for row in rows))
 
+    def add_skipped(self, facts: Mapping[str, Any]) -> None:
+        """Write what is known of a skipped update; most runs never have this file."""
+        lines = _Lines(self.path.with_name("skipped.jsonl"), 0)
+        lines.write(_json_line(facts))
+        lines.close()
+
     def close(self) -> None:
-        """Close both files."""
+        """Close the files."""
         self._metrics.close()
         self._samples.close()
 
@@ -259,11 +301,12 @@ def _json_line(values: Mapping[str, Any]) -> bytes:
 
 def _plain(values: Mapping[str, float]) -> dict[str, int | float | str]:
     """Turn numbers of any library into what JSON can hold."""
-    plain: dict[str, int | float | str] = {}
-    for name, value in values.items():
-        number = value if isinstance(value, int) else float(value)
-        plain[name] = number if math.isfinite(number) else _NOT_FINITE[str(number)]
-    return plain
+    return {name: _plain_number(value) for name, value in values.items()}
+
+
+def _plain_number(value: float) -> int | float | str:
+    number = value if isinstance(value, int) else float(value)
+    return number if math.isfinite(number) else _NOT_FINITE[str(number)]
 
 
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from dtrain import checkpoint
 from dtrain.config import Config
@@ -76,6 +77,17 @@ def configure_torch(config: Config, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
+
+
+def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer, scale: float) -> int:
+    """Sum up the bits of all weights and moments, and of the fp16 loss scale, to 62 bits."""
+    tensors = [p.detach() for p in model.parameters()]
+    tensors += [t for state in optimizer.state.values() for t in state.values()]
+    sums = [t.reshape(-1).view(torch.int32).sum(dtype=torch.int64) for t in tensors]
+    total = hash(scale)
+    for number in torch.stack(sums).tolist():
+        total = (31 * total + number) % 2**62
+    return total
 
 
 def memory_gib(device: torch.device) -> float:

@@ -17,6 +17,9 @@ class Progress:
         best_score: the best validation so far, higher is better.
         validations_since_best: validations without a better one.
         validated_step: the step judged last.
+        skipped: steps whose gradient was not finite.
+        skipped_in_a_row: how many of them the last steps were.
+        train_seconds: time spent in the steps done; not in those that were lost and done again.
     """
 
     step: int = 0
@@ -25,12 +28,18 @@ class Progress:
     best_score: float | None = None
     validations_since_best: int = 0
     validated_step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    train_seconds: float = 0.0
 
-    def advance(self, step: PlannedStep) -> None:
-        """Count a step that was run."""
+    def advance(self, step: PlannedStep, *, updated: bool, seconds: float) -> None:
+        """Count a step that was run, with or without an update of the weights."""
         self.step += 1
         self.tokens += step.num_target_tokens
         self.cursor = step.end
+        self.skipped += not updated
+        self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
+        self.train_seconds += seconds
 
     def note_score(self, score: float) -> bool:
         """Count a validation; says whether it is the best so far."""

@@ -17,15 +17,15 @@ import time
 import torch
 from torch import Tensor
 
-from dtrain import checkpoint
+from dtrain import checkpoint, fault
 from dtrain.batch import Batch
 from dtrain.config import Config
 from dtrain.data.loader import LoadedStep, Loader
 from dtrain.data.plan import DistributedTokenSampler
 from dtrain.data.store import PreparedData
 from dtrain.distributed import World, connect
-from dtrain.errors import shown_to_user
-from dtrain.evaluation import judge, negative_log_likelihood, translate_lines
+from dtrain.errors import GiveUpError, shown_to_user
+from dtrain.evaluation import CutShortError, judge, negative_log_likelihood, translate_lines
 from dtrain.loss import Objective
 from dtrain.metrics import Metrics
 from dtrain.optimizer import build_optimizer, clip_gradients, set_learning_rate
@@ -34,16 +34,21 @@ from dtrain.parts import (
     build_model,
     build_plan,
     configure_torch,
+    fingerprint,
     memory_gib,
     seed_position,
 )
 from dtrain.preemption import StopSignal
 from dtrain.progress import Progress
+from dtrain.reduction import REDUCTIONS
+from dtrain.rehearsal import rehearse
 from dtrain.run_directory import RunDirectory, Status
 from dtrain.schedule import learning_rate
 from dtrain.start import Ready, describe, get_ready, identity
 
 NUM_SAMPLES = 5
+SKIPPED_IN_A_ROW = 10
+CHECK_EVERY_STEPS = 100  # whether weights and moments are still the same on all ranks
 
 
 def run(config: Config) -> int:
@@ -70,7 +75,7 @@ class Training:
         objective = Objective(self.model, config.loss.label_smoothing)
         if config.kernels.compile is True:
             objective.compile()
-        self.objective = world.wrap(objective)
+        self.reduction = REDUCTIONS[config.distributed.reduction](world, objective)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=self.precision is torch.float16
@@ -120,38 +125,54 @@ class Training:
             self.conclude()
 
     def discarded_backward(self) -> None:
-        """Run one backward of weight 0, before the first step of every start.
+        """Run backward of weight 0 before the first step of every start, and throw it away.
 
-        DistributedDataParallel lays its buckets out anew after its first backward, which changes
-        sums from three ranks on: every start must be past that point alike.
+        First of the heaviest micro-batch to come, since that may not fit in memory. Then with a
+        reduction: DistributedDataParallel lays its buckets out anew after its first, which changes
+        sums from three ranks on, so that every start must be past that point alike.
         """
-        self.backward(Batch.empty(self.plan.source_slots, self.plan.target_slots), 0.0)
+        start, max_length = self.progress.cursor, self.config.data.max_length
+        rehearse(self.rehearsal, self.plan, self.data.train, start, self.world, max_length)
+        with self.reduction.micro_batch(is_last=True):
+            self.backward(Batch.empty(self.plan.source_slots, self.plan.target_slots), 0.0)
+        self.reduction.finish()
         untouched = [name for name, p in self.model.named_parameters() if p.grad is None]
         if untouched:
             raise RuntimeError(f"parameters without a gradient: {untouched}")
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def rehearsal(self, batch: Batch) -> None:
+        """Run backward without a word to other ranks, and throw the gradients away."""
+        with self.world.accumulating(self.reduction.objective):
+            self.backward(batch, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def train_step(self, step: LoadedStep, waiting_since: float) -> None:
         """Run this rank's micro-batches, reduce once, update."""
         begun = time.perf_counter()
         number = self.progress.step + 1
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        weight = self.world.size / step.plan.num_target_tokens
-        *earlier, last = step.micro_batches
-        with self.world.accumulating(self.objective):
-            for index, batch in earlier:
-                seed_position(self.config.run.seed, number, index)
-                sums += self.backward(batch, weight)
-        index, batch = last
-        seed_position(self.config.run.seed, number, index)
-        sums += self.backward(batch, weight)
-        norm = self.update(number)
+        # A row for each micro-batch of the step, and one for empty batches.
+        sums = torch.zeros(len(step.plan.micro_batches) + 1, 2, dtype=torch.float64)
+        sums = sums.to(self.world.device)
+        weight = self.reduction.scale / step.plan.num_target_tokens
+        self.at("before_backward", number)
+        for count, (index, batch) in enumerate(step.micro_batches, start=1):
+            seed_position(self.config.run.seed, number, index)
+            with self.reduction.micro_batch(is_last=count == len(step.micro_batches)):
+                sums[index] += self.backward(batch, weight)
+        self.at("after_backward", number)
+        self.reduction.finish()
+        self.at("before_optimizer", number)
+        norm, updated = self.update(number)
+        self.at("after_optimizer", number)
 
-        self.progress.advance(step.plan)
         seconds = time.perf_counter() - waiting_since
+        self.progress.advance(step.plan, updated=updated, seconds=seconds)
         self.metrics.progress(number, {"epoch": step.plan.epoch})
         if self.is_due(self.config.metrics.every_steps):
             self.log_step(step, sums, norm, seconds, (begun - waiting_since) / seconds)
+        if not updated:
+            self.report_skipped(step, sums, norm)
 
     def backward(self, batch: Batch, weight: float) -> Tensor:
         """Add a micro-batch's gradients up; gives its sums of loss and nll, float64 [2]."""
@@ -159,12 +180,12 @@ class Training:
         with torch.autocast(
             self.world.device.type, self.precision if low else torch.bfloat16, enabled=low
         ):
-            loss, nll = self.objective(batch.to(self.world.device))
+            loss, nll = self.reduction.objective(batch.to(self.world.device))
         self.scaler.scale(loss * weight).backward()
         return torch.stack([loss.detach(), nll.detach()]).double()
 
-    def update(self, step: int) -> Tensor:
-        """Change the weights; gives the norm of the gradient, before it was clipped.
+    def update(self, step: int) -> tuple[Tensor, bool]:
+        """Change the weights; gives the gradient's norm before it was clipped, and whether it did.
 
         If the norm is not finite the update is skipped and nothing else. It is taken after the
         reduction, so that all ranks decide alike.
@@ -172,20 +193,42 @@ class Training:
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.model, self.config.optimizer.max_grad_norm)
         set_learning_rate(self.optimizer, self.learning_rate(step))
-        if math.isfinite(norm.item()):
+        is_finite = math.isfinite(norm.item())
+        if is_finite:
             self.scaler.step(self.optimizer)
-        else:
-            self.metrics.message(f"step {step}: the gradient is not finite, update skipped")
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm, is_finite
+
+    def report_skipped(self, step: LoadedStep, sums: Tensor, norm: Tensor) -> None:
+        """Name the sentences of a step whose update was skipped; too many in a row end the run.
+
+        Raises:
+            GiveUpError: on all ranks, after SKIPPED_IN_A_ROW of them; in fp16 the loss scale must
+                be at its smallest besides, as it takes some such steps to find the right one.
+        """
+        losses = self.world.sum(sums.clone())[:-1, 0].tolist()
+        at_fault = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        micro_batches = {i: step.plan.micro_batches[i] for i in at_fault or range(len(losses))}
+        number = self.progress.step
+        self.metrics.skipped(number, norm.item(), losses, micro_batches)
+        too_many = self.progress.skipped_in_a_row >= SKIPPED_IN_A_ROW
+        if too_many and (not self.scaler.is_enabled() or self.scaler.get_scale() <= 1.0):
+            raise GiveUpError(
+                f"the gradient was not finite for {self.progress.skipped_in_a_row} steps in a row, "
+                f"up to step {number}; skipped.jsonl names their sentences, and `dtrain inspect "
+                f"{self.directory.path} --step {number}` shows where the numbers go wrong. A lower "
+                f"optimizer.learning_rate or a longer schedule.warmup_steps is the usual cure"
+            )
 
     def after_step(self) -> bool:
         """Agree with all ranks, validate, save; says whether to leave."""
         settings, step = self.config, self.progress.step
         minutes = settings.checkpoint.every_minutes
         is_late = bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
-        stopping, save_now = self.world.agree(step, self.stop.received is not None, is_late)
+        stopping, save_now = self.world.agree(step, self.wants_to_stop(), is_late)
+        if step % CHECK_EVERY_STEPS == 0:
+            self.check_ranks_agree()
         if (
             stopping
             or save_now
@@ -195,7 +238,7 @@ class Training:
             self.save()
         if self.validation_is_due() and not stopping:
             self.judge()
-            (stopping,) = self.world.agree(step, self.stop.received is not None)
+            (stopping,) = self.world.agree(step, self.wants_to_stop())
         leaving = stopping or self.end_reached()
         if leaving:
             self.save()
@@ -203,12 +246,40 @@ class Training:
 
     def judge(self) -> None:
         """Validate, and note the score with this step's checkpoint; the best get one."""
-        score = self.validate()
+        try:
+            score = self.validate()
+        except CutShortError:  # by a stop signal; it is made up for when the run goes on
+            return
         if self.progress.note_score(score) and self.config.checkpoint.keep_best > 0:
             self.save()
         if self.saved_step == self.progress.step and self.world.is_main:
             path = self.directory.checkpoints / checkpoint.checkpoint_name(self.saved_step)
             checkpoint.note_judgement(path, score, self.progress.to_json())
+
+    def wants_to_stop(self) -> bool:
+        """Whether this rank was told to stop."""
+        return self.stop.received is not None
+
+    def may_go_on_validating(self) -> bool:
+        """Tell the other ranks that are validating if this one was told to stop, or ask them."""
+        self.at("in_validation", self.progress.step)
+        if self.wants_to_stop():
+            self.world.call_off(f"validation of step {self.progress.step}")
+        return not self.world.is_called_off(f"validation of step {self.progress.step}")
+
+    def check_ranks_agree(self) -> None:
+        """Make sure that weights, moments and loss scale are the same on all ranks, bit for bit.
+
+        Raises:
+            RuntimeError: on all ranks, naming those that differ.
+        """
+        if self.world.size > 1:
+            bits = fingerprint(self.model, self.optimizer, self.scaler.get_scale())
+            self.world.check_same(f"weights or moments after step {self.progress.step}", bits)
+
+    def at(self, point: str, step: int) -> None:
+        """Say to the watchers where this rank is."""
+        fault.strike(point, step)
 
     def validation_is_due(self) -> bool:
         """Whether this step's model is still to be judged: at each period, and at the end."""
@@ -221,11 +292,11 @@ class Training:
         settings, step = self.config.validation, self.progress.step
         assert self.data.validation is not None, "the settings were checked for it"
         sources, references = self.data.text("validation")
-        nll = negative_log_likelihood(self.model, self.data.validation, self.plan, self.world)
-        search = settings.beam_size, settings.length_penalty
-        translations = translate_lines(
-            self.model, self.data.vocabulary, sources, self.world, *search
-        )
+        model, world, vocabulary = self.model, self.world, self.data.vocabulary
+        held_out, search = self.data.validation, (settings.beam_size, settings.length_penalty)
+        go_on = self.may_go_on_validating
+        nll = negative_log_likelihood(model, held_out, self.plan, world, go_on)
+        translations = translate_lines(model, vocabulary, sources, world, *search, go_on)
         judgement = judge(translations, references)
         self.metrics.log(
             step,
@@ -245,6 +316,7 @@ class Training:
         """Write a checkpoint, from rank 0, unless this step has one."""
         if self.saved_step == self.progress.step:
             return
+        self.check_ranks_agree()
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         if not self.world.is_main:
             return
@@ -267,7 +339,9 @@ class Training:
     ) -> None:
         """Measure this step over all ranks and write it down."""
         tokens = step.plan.num_target_tokens
-        loss, nll = (self.world.sum(sums) / tokens).tolist()
+        # Summed without rounding, so that the order, and with it the number of ranks, is no matter.
+        columns = zip(*self.world.sum(sums.clone())[:-1].tolist(), strict=True)
+        loss, nll = (math.fsum(column) / tokens for column in columns)
         slots = len(step.plan.micro_batches) * (self.plan.source_slots + self.plan.target_slots)
         self.metrics.log(
             self.progress.step,
@@ -279,6 +353,7 @@ class Training:
                 "train/perplexity": math.exp(min(nll, 100.0)),
                 "train/learning_rate": self.learning_rate(self.progress.step),
                 "train/grad_norm": norm.item(),
+                "train/skipped_updates": self.progress.skipped,
                 "train/pack_fill": (tokens + step.plan.num_source_tokens) / slots,
                 "train/tokens_per_second": tokens / seconds,
                 "train/step_seconds": seconds,

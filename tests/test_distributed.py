@@ -2,7 +2,7 @@
 
 import os
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -58,6 +58,64 @@ def agree_out_of_step(world):
 
 def test_ranks_that_lost_step_notice_on_all_of_them():
     assert set(in_world(3, agree_out_of_step)) == {"ranks lost step: one is at 6, another at 5"}
+
+
+def disagree(world):
+    world.check_same("hats", 5)
+    with pytest.raises(RuntimeError) as caught:
+        world.check_same("weights", 2**61 + (world.rank == 1))
+    return str(caught.value)
+
+
+def test_a_rank_that_differs_is_named_on_all_of_them():
+    for message in in_world(3, disagree):
+        assert "weights of rank 1 differ" in message
+
+
+def meet_late(world):
+    waited = []
+    for late in (1, 0):
+        time.sleep(1.0 if world.rank == late else 0)
+        begun = time.monotonic()
+        world.meet()
+        waited.append(time.monotonic() - begun > 0.5)
+    return waited
+
+
+def test_a_meeting_waits_longer_than_collectives_do():
+    # Seconds of a collective's time-out cannot be fewer than one.
+    assert in_world(2, meet_late, timeout=1) == [[True, False], [False, True]]
+
+
+def late_for_a_collective(world):
+    world.set_timeout(2)
+    if world.rank == 1:
+        time.sleep(6)
+        return 0.0
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"[Tt]imed? ?out"):
+        world.sum(torch.zeros(1))
+    return time.monotonic() - begun
+
+
+@pytest.mark.slow
+def test_the_time_out_can_be_shortened_on_the_way():
+    def be_rank():
+        with suppress(RuntimeError), connect("cpu", 60) as world:
+            return late_for_a_collective(world)
+
+    assert 1 < run_world(2, be_rank)[0] < 5
+
+
+def call_off(world):
+    if world.rank == 1:
+        world.call_off("lunch")
+    world.meet()
+    return world.is_called_off("lunch"), world.is_called_off("dinner")
+
+
+def test_what_a_rank_calls_off_is_off_for_all():
+    assert in_world(2, call_off) == [(True, False)] * 2
 
 
 def test_a_world_of_one_needs_no_environment():

@@ -19,9 +19,12 @@ from dtrain.checkpoint import steps_saved
 from dtrain.config import Config
 from dtrain.data.loader import LoadedStep, collate
 from dtrain.data.plan import BatchPlan, Cursor, DistributedTokenSampler, PlannedStep
+from dtrain.data.preparation import prepared_directory
+from dtrain.data.store import PreparedData
 from dtrain.distributed import connect
-from dtrain.errors import UserError
+from dtrain.errors import GiveUpError, UserError
 from dtrain.loss import Objective
+from dtrain.parts import build_plan
 from dtrain.preemption import StopSignal
 from dtrain.start import get_ready
 
@@ -138,6 +141,27 @@ def test_a_run_goes_on_with_another_number_of_ranks(toy):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_tree_gives_the_same_bits_on_any_number_of_ranks(toy, size):
+    """The reference is one rank; dropout is on."""
+    alone, shared = (toy(n, distributed__reduction="tree") for n in ("alone", "shared"))
+    run_world(1, run, alone)
+    run_world(size, run, shared)
+    assert last_weights(shared) == last_weights(alone)
+    assert metrics_of(shared) == metrics_of(alone)
+
+
+@pytest.mark.slow
+def test_the_tree_gives_the_same_bits_when_the_number_of_ranks_changes_on_the_way(toy):
+    straight, moved = (toy(n, distributed__reduction="tree") for n in ("straight", "moved"))
+    run_world(1, run, straight)
+    run_world(2, run, moved, 3, 1)
+    run_world(1, run, moved, 7, 0)
+    run_world(4, run, moved)
+    assert last_weights(moved) == last_weights(straight)
+    assert metrics_of(moved) == metrics_of(straight)
+
+
 # ------------------------------------------------------------------ gradients
 
 
@@ -164,10 +188,10 @@ def gradients_of_a_step(config: Config) -> Gradients:
         training.discarded_backward()
         taken: Gradients = {}
 
-        def take(_: int) -> torch.Tensor:
+        def take(_: int) -> tuple[torch.Tensor, bool]:
             taken.update((n, p.grad.numpy().copy()) for n, p in training.model.named_parameters())
             training.optimizer.zero_grad(set_to_none=True)
-            return torch.zeros(())
+            return torch.zeros(()), True
 
         training.update = take
         sampler = DistributedTokenSampler(training.plan, world.size, world.rank)
@@ -227,6 +251,13 @@ def test_gradients_are_those_of_one_process_in_float64(toy, size, accumulation):
     if count > 1:
         means = run_world(1, reference_gradients, config, True)[0]
         assert worst_difference(means, expected) > 1e-5, "the usual mistake would go unnoticed"
+
+
+def test_gradients_of_the_tree_are_those_of_one_process_in_float64(toy):
+    config = toy("run", model__dropout=0.0, distributed__reduction="tree")
+    expected = run_world(1, reference_gradients, config)[0]
+    for found in run_world(2, gradients_of_a_step, config):
+        assert worst_difference(found, expected) < 1e-6
 
 
 def test_uneven_shares_give_the_same_gradients(toy):
@@ -397,29 +428,141 @@ def test_low_precision_keeps_weights_and_moments_in_fp32(toy, precision):
     )
 
 
-def run_with_infinite_gradient(config: Config) -> None:
+def run_with_nan(config: Config, first: int, last: int) -> int:
+    """Train; in these steps the last rank's last micro-batch has a loss of nan."""
     backward = train.Training.backward
 
     def spoilt(self, batch, weight):
-        sums = backward(self, batch, weight)
-        if self.progress.step + 1 == 3 and self.world.rank == self.world.size - 1:
-            next(self.model.parameters()).grad.flatten()[0] = math.inf
-        return sums
+        is_hit = weight and self.world.rank == self.world.size - 1
+        if is_hit and first <= self.progress.step + 1 <= last:
+            objective = self.reduction.objective
+            handle = objective.register_forward_hook(
+                lambda _module, _input, sums: (sums[0] * math.nan, sums[1])
+            )
+            try:
+                return backward(self, batch, weight)
+            finally:
+                handle.remove()
+        return backward(self, batch, weight)
 
     train.Training.backward = spoilt
-    train.run(config)
+    return train.run(config)
 
 
-def test_an_update_that_is_not_finite_is_skipped(toy):
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(toy, size):
     config = toy("run", checkpoint__every_steps=1, checkpoint__keep_last=9, run__max_steps=4)
-    run_world(1, run_with_infinite_gradient, config)
-    fourth, third, second, _ = (
-        load_file(path / "model.safetensors")
-        for path in steps_saved(config.run_dir / "checkpoints")
+    run_world(size, run_with_nan, config, 3, 3)
+    saved = steps_saved(config.run_dir / "checkpoints")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        fourth, third, second, _ = (load_file(path / file) for path in saved)
+        assert all(torch.equal(third[name], second[name]) for name in third)
+        assert any(not torch.equal(fourth[name], third[name]) for name in third)
+    lines = metrics_of(config)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["train/skipped_updates"] for line in lines] == [0, 0, 1, 1]
+    assert [line["train/learning_rate"] for line in lines] == sorted(
+        {line["train/learning_rate"] for line in lines}
     )
-    assert all(torch.equal(third[name], second[name]) for name in third)
-    assert any(not torch.equal(fourth[name], third[name]) for name in third)
-    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3, 4]
+
+
+def test_the_sentences_of_a_skipped_update_are_named(toy):
+    config = toy("run", run__max_steps=4)
+    run_world(2, run_with_nan, config, 3, 3)
+    (line,) = (config.run_dir / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    found = json.loads(line)
+    planned = next(islice(plan_of(config).steps(Cursor()), 2, None))
+    assert found["step"] == 3
+    assert [(m["index"], m["loss"]) for m in found["micro_batches"]] == [(2, "NaN"), (3, "NaN")]
+    for micro_batch in found["micro_batches"]:
+        assert micro_batch["sentences"] == planned.micro_batches[micro_batch["index"]].tolist()
+
+
+def plan_of(config: Config) -> BatchPlan:
+    return build_plan(config, PreparedData.open(prepared_directory(config.data, config.vocabulary)))
+
+
+def give_up(config: Config) -> str:
+    with pytest.raises(GiveUpError) as caught:
+        run_with_nan(config, 2, 99)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ten_updates_in_a_row_that_are_not_finite_end_the_run(toy, size):
+    config = toy("run", run__max_steps=40)
+    for message in run_world(size, give_up, config):
+        assert "for 10 steps in a row, up to step 11" in message
+    assert status_of(config)["status"] == "failed"
+    assert status_of(config)["exit_code"] == 1
+
+
+@pytest.mark.slow
+def test_fp16_may_look_for_its_scale_before_it_gives_up(toy):
+    """Halved from 2^16 to 1 it takes sixteen steps; only then ten are too many."""
+    config = toy("run", run__max_steps=60, precision="fp16")
+    (message,) = run_world(1, give_up, config)
+    assert "for 16 steps in a row" in message
+
+
+def scales_of(config: Config) -> list[float]:
+    """The loss scale on this rank after each step."""
+    after_step, scales = train.Training.after_step, []
+
+    def noting(self):
+        scales.append(self.scaler.get_scale())
+        return after_step(self)
+
+    train.Training.after_step = noting
+    run_with_nan(config, 4, 5)
+    return scales
+
+
+@pytest.mark.slow
+def test_the_loss_scale_is_the_same_on_all_ranks_and_survives_a_stop(toy):
+    config = toy("run", precision="fp16", run__max_steps=8)
+    first, second = run_world(2, scales_of, config)
+    assert first == second
+    assert first[2:5] == [2.0**16, 2.0**15, 2.0**14]
+    assert run_world(1, scales_of, toy("run", precision="fp16", run__max_steps=9)) == [[2.0**14]]
+
+
+# ------------------------------------------------------------------ agreement
+
+
+def run_diverging(config: Config) -> str:
+    """Train on several ranks, one of which has its weights changed behind its back at step 5."""
+    update = train.Training.update
+
+    def diverging(self, step):
+        if step == 5 and self.world.rank == 1:
+            with torch.no_grad():
+                next(self.model.parameters()).flatten()[3] += 1e-6
+        return update(self, step)
+
+    train.Training.update = diverging
+    train.CHECK_EVERY_STEPS = 3
+    with pytest.raises(RuntimeError) as caught:
+        train.run(config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("reduction", ["ddp", "tree"])
+def test_a_rank_whose_weights_diverge_is_caught_at_the_next_check(toy, reduction):
+    config = toy("run", distributed__reduction=reduction)
+    for message in run_world(2, run_diverging, config):
+        assert "after step 6 of rank" in message
+
+
+def run_checking_every_step(config: Config) -> int:
+    train.CHECK_EVERY_STEPS = 1
+    return train.run(config)
+
+
+@pytest.mark.slow
+def test_ranks_agree_bit_for_bit_after_each_of_fifty_steps(toy):
+    config = toy("run", run__max_steps=50)
+    assert run_world(3, run_checking_every_step, config) == [0] * 3
 
 
 @pytest.mark.slow
