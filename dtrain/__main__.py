@@ -11,13 +11,16 @@ from dtrain.errors import UserError, shown_to_user
 COMMANDS = {
     "prepare": "make vocabulary and tokens from text",
     "train": "train, or go on",
+    "submit": "hand a training to SLURM",
     "translate": "translate lines from standard input",
     "evaluate": "translate a test set and judge it: BLEU and chrF",
     "average": "average the last checkpoints into one",
     "status": "say where a run stands",
+    "verify": "check all checkpoints of a run",
+    "inspect": "run one step again and look at every layer",
     "schedule": "draw the learning rate of a config",
 }
-WITH_SETTINGS = ("prepare", "train", "schedule")
+WITH_SETTINGS = ("prepare", "train", "submit", "schedule")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

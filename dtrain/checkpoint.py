@@ -1,4 +1,4 @@
-"""Checkpoints: write, verify, find, prune, load. Safetensors and JSON only; rank 0 writes.
+"""Checkpoints: write, verify, find, prune. Safetensors and JSON only; rank 0 writes.
 
 A checkpoint is a directory that verifies: its MANIFEST.json, written last, names size and SHA-256
 of every other file. It is made under a temporary name, synced, and renamed, so that at any moment
@@ -8,25 +8,37 @@ it is either whole or not there.
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dtrain.durable import delete, replace_directory, sha256, sync_directory, to_json, write_file
+from dtrain.durable import write_json as write_json
 from dtrain.errors import UserError
+from dtrain.fault import strike
+from dtrain.weights import file_content, moments
+from dtrain.weights import load_module as load_module
+from dtrain.weights import load_optimizer as load_optimizer
+from dtrain.weights import load_part as load_part
+from dtrain.weights import save_module as save_module
+from dtrain.weights import save_optimizer as save_optimizer
+from dtrain.weights import save_part as save_part
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, MANIFEST, JUDGEMENT = "state.json", "MANIFEST.json", "judgement.json"
 
+_STEP = re.compile(r"step-([0-9]+)(\.replaced)?")
+
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged or does not fit; the message names the file."""
+    """A checkpoint is missing, damaged or cannot be written; the message names it."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -41,24 +53,83 @@ def save(
     optimizer: torch.optim.Optimizer | None,
     state: Mapping[str, Any],
 ) -> Path:
-    """Write a checkpoint `folder/name`, all or nothing.
+    """Write a checkpoint of a model as it is now; see `contents` and `write`."""
+    return write(folder, name, contents(model, optimizer), state)
+
+
+def contents(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> dict[str, dict[str, Tensor]]:
+    """Give the tensors of a checkpoint, by file and name; not copies but the tensors themselves.
+
+    Args:
+        model: its parameters go under their own names, without any wrapper's prefix.
+        optimizer: over exactly the model's parameters; None to leave it out.
+    """
+    tensors = {MODEL: dict(model.state_dict())}
+    if optimizer is not None:
+        tensors[OPTIMIZER] = moments(optimizer, model)
+    return tensors
+
+
+def write(
+    folder: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> Path:
+    """Write a checkpoint `folder/name`, all or nothing; an older one of that name is replaced.
 
     Args:
         folder: the run's `checkpoints` directory.
-        name: of the new checkpoint; an older one of that name is replaced.
-        model: its parameters are stored under their own names, without any wrapper's prefix.
-        optimizer: over exactly the model's parameters; None to leave it out.
+        name: of the new checkpoint.
+        tensors: by file and name.
         state: what else is needed to go on; JSON values only.
+
+    Raises:
+        OSError: if it cannot be written; all others are as they were.
     """
-    tensors = {MODEL: _on_cpu(model.state_dict())}
-    if optimizer is not None:
-        tensors[OPTIMIZER] = dict(_moments(optimizer, model))
-    return _write(folder, name, tensors, state)
+    step = state.get("step", 0)
+    strike("in_save:staged", step)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(f".tmp-{name}-*"):
+        shutil.rmtree(stale)
+    temporary = folder / f".tmp-{name}-{os.getpid()}"
+    try:
+        temporary.mkdir()
+        strike("in_save:begun", step)
+        files = {}
+        for file, named in tensors.items():
+            files[file] = write_file(temporary / file, file_content(named))
+            if file == MODEL:
+                strike("in_save:model_written", step)
+        text = to_json({"format_version": FORMAT_VERSION, **state})
+        files[STATE] = write_file(temporary / STATE, [text])
+        strike("in_save:files_written", step)
+        text = to_json({"format_version": FORMAT_VERSION, "files": files})
+        write_file(temporary / MANIFEST, [text])
+        strike("in_save:manifest_written", step)
+        sync_directory(temporary)
+        replaced = replace_directory(temporary, folder / name)
+        strike("in_save:renamed", step)
+        sync_directory(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder / name
 
 
 def note_judgement(checkpoint: Path, score: float, progress: Mapping[str, Any]) -> None:
     """Add to a checkpoint how its model was judged afterwards, and the counts after that."""
-    write_json(checkpoint / JUDGEMENT, {"score": score, "progress": progress})
+    facts = {"score": score, "progress": progress}
+    temporary = checkpoint / f".{JUDGEMENT}"
+    write_file(temporary, [to_json(facts | {"sha256": _fingerprint(facts)})])
+    temporary.replace(checkpoint / JUDGEMENT)
+
+
+def score(checkpoint: Path) -> float:
+    """Read how good a checkpoint is (higher is better); minus infinity if it was not judged."""
+    with suppress(FileNotFoundError, CheckpointError):
+        return float(_read_judgement(checkpoint)["score"])
+    return float("-inf")
 
 
 def verify(checkpoint: Path) -> str:
@@ -68,15 +139,13 @@ def verify(checkpoint: Path) -> str:
         OSError: if it cannot be read now, which says nothing about it.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        for name, facts in manifest["files"].items():
-            path = checkpoint / name
-            if path.stat().st_size != facts["size"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
-            if sha256(path) != facts["sha256"]:
-                return f"{name} is damaged: its SHA-256 is not the manifest's"
+        _check_files(checkpoint)
+        with suppress(FileNotFoundError):
+            _read_judgement(checkpoint)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except CheckpointError as error:
+        return str(error)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is damaged: {error}"
     return ""
@@ -89,33 +158,47 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: if a newer version of dtrain wrote it.
     """
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    with suppress(FileNotFoundError, ValueError):
-        judgement = json.loads((checkpoint / JUDGEMENT).read_text(encoding="utf-8"))
-        state |= {"progress": judgement["progress"]}
     if state["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoint} has format {state['format_version']}; this dtrain reads up to "
             f"{FORMAT_VERSION}: upgrade dtrain"
         )
+    with suppress(FileNotFoundError):
+        state |= {"progress": _read_judgement(checkpoint)["progress"]}
     return state
 
 
+def step_of(checkpoint: Path) -> int:
+    """Give the step of one of `steps_saved`."""
+    return int(checkpoint.name.removesuffix(".replaced")[5:])
+
+
 def steps_saved(folder: Path) -> list[Path]:
-    """List the checkpoints of single steps, newest first, by number; unverified."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    """List the checkpoints of single steps, newest first, by number; unverified.
+
+    One that was about to be replaced, `NAME.replaced`, counts until the new one is in its place.
+    """
+    found = [
+        path
+        for path in folder.glob("step-*")
+        if (match := _STEP.fullmatch(path.name))
+        and path.is_dir()
+        and not (match[2] and path.with_suffix("").exists())
+    ]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint that verifies, and say which newer ones do not.
 
-    Bad ones are set aside as `NAME.corrupt`. Only rank 0 may call this: it chooses for all.
+    Bad ones are set aside as `NAME.corrupt`, and what killed saves left behind is deleted. Only
+    rank 0 may call this, before it trains: it chooses for all.
 
     Raises:
         CheckpointError: if there are checkpoints and none is whole.
         OSError: if one cannot be read now.
     """
-    complaints = list[str]()
+    complaints = _clean(folder)
     for path in steps_saved(folder):
         problem = verify(path)
         if not problem:
@@ -145,14 +228,13 @@ def choose(folder: Path, wanted: str) -> Path:
         CheckpointError: if there is none or it is damaged.
     """
     saved = steps_saved(folder)
+    path = folder / wanted
     if wanted == "last" and saved:
         path = saved[0]
     elif wanted == "best" and saved:
-        path = max(saved, key=lambda item: (_score(item), item.name))
+        path = max(saved, key=lambda item: (score(item), step_of(item)))
     elif wanted.isdecimal():
-        path = folder / checkpoint_name(int(wanted))
-    else:
-        path = folder / wanted
+        path = next((item for item in saved if step_of(item) == int(wanted)), path)
     if not path.is_dir():
         names = ", ".join(item.name for item in sorted(folder.glob("[!.]*"))) or "none"
         raise CheckpointError(f"there is no checkpoint {wanted!r} in {folder} (there: {names})")
@@ -162,183 +244,109 @@ def choose(folder: Path, wanted: str) -> Path:
     return path
 
 
-def prune(folder: Path, keep_last: int, keep_best: int) -> None:
-    """Delete all but the newest and the best checkpoints, and what a killed save left behind."""
+def prune(folder: Path, keep_last: int, keep_best: int, protect: Path | None = None) -> list[str]:
+    """Delete all but the newest and the best checkpoints, and what a killed save left behind.
+
+    Args:
+        folder: the run's `checkpoints` directory; what dtrain did not name stays.
+        keep_last: how many of the newest stay, at least 1.
+        keep_best: how many of the best by validation stay besides.
+        protect: stays until there are two newer ones; the one that the run went on from.
+
+    Returns:
+        What could not be deleted, and why.
+    """
     saved = steps_saved(folder)
-    judged = [path for path in saved if _score(path) > float("-inf")]
-    best = sorted(judged, key=_score, reverse=True)[:keep_best]
-    for path in saved[keep_last:]:
-        if path not in best:
-            path.rename(path.with_name(f".tmp-{path.name}"))  # a kill leaves no half of it
-    for path in folder.glob(".tmp-step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    judged = [path for path in saved if score(path) > float("-inf")]
+    kept = {*saved[:keep_last], *sorted(judged, key=score, reverse=True)[:keep_best]}
+    kept |= {path for path in saved[:2] if protect is not None and path.name == protect.name}
+    last = step_of(saved[0]) if saved else 0
+    strike("before_prune", last)
+    complaints = []
+    for path in reversed(saved):
+        if path not in kept:
+            try:
+                path.rename(path.with_name(f".tmp-{path.name}"))  # a kill leaves no half of it
+                strike("in_prune", last)
+            except OSError as error:
+                complaints.append(f"{path} cannot be deleted: {error}")
+    return complaints + _clean(folder)
 
 
-def average(folder: Path, checkpoints: Sequence[Path]) -> str:
-    """Write the mean of some checkpoints' weights as another checkpoint; gives its name.
-
-    Raises:
-        CheckpointError: if one of them is damaged.
-    """
-    for path in checkpoints:
-        problem = verify(path)
-        if problem:
-            raise CheckpointError(f"checkpoint {path}: {problem}")
-    sums: dict[str, Tensor] = {}
-    for path in checkpoints:
-        for name, tensor in load_file(path / MODEL).items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + tensor.double()
-    mean = {name: (total / len(checkpoints)).float() for name, total in sums.items()}
-    step = read_state(checkpoints[0])["step"]
-    name = f"average-{step:010d}-of-{len(checkpoints)}"
-    state = {"step": step, "averaged": [path.name for path in checkpoints]}
-    _write(folder, name, {MODEL: mean}, state)
-    return name
+def room_needed(model: nn.Module) -> int:
+    """Estimate the bytes of one checkpoint: weights, both moments, and the files' headers."""
+    tensors = model.state_dict().values()
+    return 3 * sum(tensor.nbytes for tensor in tensors) + 1024 * len(tensors) + 2**16
 
 
-def save_module(module: nn.Module, path: Path) -> None:
-    """Write the parameters of a model, or of any part of one, by name."""
-    save_file(_on_cpu(module.state_dict()), path)
+def check_room(folder: Path, bytes_of_one: int) -> None:
+    """Make sure that the disk has room for two checkpoints, or for one more if there is one.
 
-
-def load_module(module: nn.Module, path: Path) -> None:
-    """Read back what `save_module` wrote, strictly: every name and shape must fit.
+    Args:
+        folder: the run's `checkpoints` directory, which need not be there yet.
+        bytes_of_one: see `room_needed`.
 
     Raises:
-        CheckpointError: naming the file and what does not fit.
+        UserError: naming the room, what is needed, and what to do.
     """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    count, named = (1, "one more checkpoint") if steps_saved(folder) else (2, "two checkpoints")
+    if free < count * bytes_of_one:
+        raise UserError(
+            f"the disk of {folder} has {free / 2**20:,.0f} MiB free, too few for {named} of "
+            f"{bytes_of_one / 2**20:,.0f} MiB: make room, or put the run on another disk with "
+            f"--run.dir=PATH"
+        )
+
+
+def _clean(folder: Path) -> list[str]:
+    """Delete what killed saves left behind; gives what could not be deleted, and why."""
+    replaced = [path for path in folder.glob("step-*.replaced") if path.with_suffix("").exists()]
+    return delete([*folder.glob(".tmp-step-*"), *replaced])
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Compare the files of a checkpoint with its manifest, and that with itself.
+
+    Raises:
+        CheckpointError: saying what differs; or what reading a damaged manifest raises.
+    """
+    text = (checkpoint / MANIFEST).read_bytes()
+    manifest = json.loads(text)
+    if to_json(manifest) != text:
+        raise CheckpointError(f"{MANIFEST} is damaged: it is not as it was written")
+    for name, facts in manifest["files"].items():
+        path = checkpoint / name
+        size = path.stat().st_size
+        if size != facts["size"]:
+            raise CheckpointError(f"{name} has {size} bytes instead of {facts['size']}")
+        if sha256(path) != facts["sha256"]:
+            raise CheckpointError(f"{name} is damaged: its SHA-256 is not the manifest's")
+    state = json.loads((checkpoint / STATE).read_bytes())
+    if state["format_version"] != manifest["format_version"]:
+        raise CheckpointError(f"{MANIFEST} is damaged: {STATE} has another format_version")
+
+
+def _read_judgement(checkpoint: Path) -> dict[str, Any]:
+    """Read what `note_judgement` wrote.
+
+    Raises:
+        FileNotFoundError: if the model was not judged.
+        CheckpointError: if the file is damaged.
+    """
+    text = (checkpoint / JUDGEMENT).read_bytes()
     try:
-        module.load_state_dict(load_file(path))
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the model: {error}") from None
+        facts = dict(json.loads(text))
+        whole = to_json(facts) == text
+        digest = facts.pop("sha256", None)  # which early ones have not
+        whole &= facts.keys() == {"score", "progress"} and digest in (None, _fingerprint(facts))
+    except (ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{JUDGEMENT} is damaged: it is not as it was written")
+    return facts
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
-    """Write the optimizer's moments under the names of the parameters that they belong to."""
-    save_file(dict(_moments(optimizer, model)), path)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
-    """Read back what `save_optimizer` wrote.
-
-    Raises:
-        CheckpointError: if a moment is missing, superfluous or of another shape.
-    """
-    tensors = load_file(path)
-    names = {name for name, _ in model.named_parameters()}
-    unknown = {key for key in tensors if key.rpartition(".")[0] not in names}
-    if unknown:
-        raise CheckpointError(f"{path} has moments of unknown parameters: {sorted(unknown)[:3]}")
-    for name, parameter in model.named_parameters():
-        moments = {
-            key.rpartition(".")[2]: tensor
-            for key, tensor in tensors.items()
-            if key.rpartition(".")[0] == name
-        }
-        if tensors and not moments:
-            raise CheckpointError(f"{path} has no moments of {name}")
-        for key, tensor in moments.items():
-            if tensor.dim() and tensor.shape != parameter.shape:
-                raise CheckpointError(f"{path}: {name}.{key} has shape {tuple(tensor.shape)}")
-            # The step count too: the fused update reads it where the parameter lies.
-            moments[key] = tensor.to(parameter.device)
-        if moments:
-            optimizer.state[parameter] = moments
-
-
-def save_part(model: nn.Module, part: str, path: Path) -> None:
-    """Write one part of a Transformer: `encoder` (with its embedding), `decoder` or `model`."""
-    save_file(_on_cpu(_part_state(model, part)), path)
-
-
-def load_part(model: nn.Module, part: str, path: Path) -> None:
-    """Read back what `save_part` wrote into the same part of another Transformer of that size.
-
-    Raises:
-        CheckpointError: if names or shapes do not fit.
-    """
-    tensors, own = load_file(path), _part_state(model, part)
-    if tensors.keys() != own.keys():
-        odd = sorted(tensors.keys() ^ own.keys())
-        raise CheckpointError(f"{path} does not hold this model's {part}: {odd[:3]}")
-    try:
-        model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the model's {part}: {error}") from None
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON so that readers see the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def sha256(path: Path) -> str:
-    """Hash a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(
-    folder: Path, name: str, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]
-) -> Path:
-    """Write files of tensors, the state and the manifest; visible only when all is on disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".tmp-{name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for file, content in tensors.items():
-        save_file(content, temporary / file)
-    write_json(temporary / STATE, {"format_version": FORMAT_VERSION, **state})
-    files = {}
-    for path in sorted(temporary.iterdir()):
-        _sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
-    _sync(temporary / MANIFEST)
-    _sync(temporary)
-    final = folder / name
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _sync(folder)
-    return final
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-
-
-def _moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        for key, tensor in optimizer.state.get(parameter, {}).items():
-            yield f"{name}.{key}", tensor.detach().cpu()
-
-
-def _part_state(model: nn.Module, part: str) -> dict[str, Tensor]:
-    """Choose a part's parameters; the encoder's include an embedding that the decoder owns."""
-    state: dict[str, Tensor] = model.state_dict()
-    if part == "model":
-        return state
-    if part not in ("encoder", "decoder"):
-        raise ValueError(f"a model has the parts encoder, decoder and model, not {part!r}")
-    chosen = {name: t for name, t in state.items() if name.startswith(f"{part}.")}
-    if part == "encoder" and not any(name.startswith("encoder.embedding.") for name in chosen):
-        chosen |= {n: t for n, t in state.items() if n.startswith("decoder.embedding.")}
-    return chosen
-
-
-def _score(checkpoint: Path) -> float:
-    """Read how good a checkpoint is (higher is better); minus infinity if it was not judged."""
-    with suppress(FileNotFoundError, ValueError):
-        return float(json.loads((checkpoint / JUDGEMENT).read_text(encoding="utf-8"))["score"])
-    return float("-inf")
-
-
-def _sync(path: Path) -> None:
-    """Make sure that a file, or a directory's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _fingerprint(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

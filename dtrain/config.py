@@ -6,17 +6,26 @@ files that import torch live here, so that `--help` and a mistyped key answer at
 
 import argparse
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dtrain.data.settings import BatchSettings, CorpusSettings, DataSettings, VocabularySettings
 from dtrain.errors import UserError
 from dtrain.metrics import MetricsSettings, WandbSettings
 from dtrain.model.settings import ModelSettings
+from dtrain.preemption import seconds_of
 from dtrain.schedule import ScheduleSettings
 
 
@@ -43,6 +52,16 @@ class RunSettings(_Section):
     prepare: Literal["auto"] | bool = Field(
         "auto", description="make missing tokens and vocabulary; auto: on one node only"
     )
+    time_limit: float | str | None = Field(
+        None, description="save and leave before it: seconds or HH:MM:SS; null: the SLURM job's end"
+    )
+
+    @field_validator("time_limit")
+    @classmethod
+    def _time_limit_is_readable(cls, value: float | str | None) -> float | str | None:
+        if value is not None:
+            seconds_of(value)
+        return value
 
 
 class OptimizerSettings(_Section):
@@ -66,7 +85,13 @@ class LossSettings(_Section):
 class DistributedSettings(_Section):
     """How ranks work together."""
 
-    timeout: int = Field(600, ge=1, description="seconds after which a silent rank ends the run")
+    reduction: Literal["ddp", "tree"] = Field(
+        "ddp", description="tree: the same bits on 1, 2, 4, ... ranks; slower"
+    )
+    first_step_timeout: int = Field(
+        600, ge=1, description="seconds without any progress that end a run, up to its first step"
+    )
+    timeout: int = Field(120, ge=1, description="likewise, after the first step of each start")
 
 
 class KernelsSettings(_Section):
@@ -84,6 +109,7 @@ class CheckpointSettings(_Section):
     every_minutes: float = Field(0, ge=0)
     keep_last: int = Field(5, ge=1)
     keep_best: int = Field(1, ge=0, description="best by validation.metric, kept besides")
+    asynchronous: bool = Field(True, description="write while training goes on")
 
 
 class ValidationSettings(_Section):
@@ -124,6 +150,14 @@ class Config(_Section):
                 f"batch.tokens_per_micro_batch {self.batch.tokens_per_micro_batch} cannot hold a "
                 f"sentence of data.max_length {self.data.max_length} tokens"
             )
+        count = self.batch.micro_batches_per_step
+        if self.distributed.reduction == "tree" and count & (count - 1):
+            raise ValueError(
+                f"distributed.reduction tree needs a power of two of micro-batches a step, not "
+                f"{count}; set batch.tokens_per_step to "
+                f"{self.batch.tokens_per_micro_batch << (count.bit_length() - 1)} or "
+                f"{self.batch.tokens_per_micro_batch << count.bit_length()}"
+            )
         if not self.run.max_steps and not self.run.max_epochs:
             raise ValueError("run.max_steps and run.max_epochs are both 0: the run would never end")
         if self.schedule.name in ("linear", "cosine") and not self.run.max_steps:
@@ -158,11 +192,13 @@ FREE_TO_CHANGE = [
     "run.device",
     "run.threads",
     "run.prepare",
+    "run.time_limit",
     "data.train",
     "data.validation",
     "data.test",
     "data.dir",
-    "distributed",
+    "distributed.first_step_timeout",
+    "distributed.timeout",
     "kernels",
     "checkpoint",
     "validation.every_steps",
@@ -196,17 +232,40 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         raise UserError("\n        ".join(lines)) from None
 
 
-def changed_settings(old: Config, new: Config) -> list[str]:
-    """Say which settings differ that a run may not change on its way: `key: old -> new`."""
+def changed_settings(old: Config, new: Config, allowed: Collection[str] = ()) -> list[str]:
+    """Say which settings differ that a run may not change on its way: `key: old -> new`.
+
+    Args:
+        old: as the run was begun.
+        new: as it is to go on.
+        allowed: settings, or sections of them, that may differ besides.
+    """
     schedule_ends = old.schedule.name in ("linear", "cosine")
     free = [key for key in FREE_TO_CHANGE if not (schedule_ends and key == "run.max_steps")]
     before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
     return [
-        f"{key}: {before[key]} -> {after[key]}"
-        for key in before
-        if before[key] != after[key]
-        and not any(key == prefix or key.startswith(prefix + ".") for prefix in free)
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in before | after
+        if before.get(key) != after.get(key)
+        and not any(key == prefix or key.startswith(prefix + ".") for prefix in (*free, *allowed))
     ]
+
+
+def check_allowed(fields: Collection[str]) -> None:
+    """Make sure that what `--allow-changed` names exists: a setting, a section, or `plan`.
+
+    Raises:
+        UserError: naming the one that does not, and the nearest that does.
+    """
+    known = [*_known_keys(), "plan"]
+    for field in fields:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"--allow-changed {field}: it takes a setting's key, or data, vocabulary or plan, "
+                f"and {field} is none of these{hint}"
+            )
 
 
 def explain_settings(parser: argparse.ArgumentParser) -> None:

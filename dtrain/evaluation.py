@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dtrain.config import ValidationSettings
 from dtrain.data.loader import Store, collate
 from dtrain.data.packing import pack
 from dtrain.data.plan import BatchPlan
+from dtrain.data.store import PreparedData
 from dtrain.data.vocabulary import Vocabulary
 from dtrain.distributed import World
 from dtrain.loss import Objective
@@ -118,6 +120,52 @@ def translate_lines(
     for share in world.gather(list(zip(mine, texts, strict=True))):
         everything.update(share)
     return [everything[i] for i in range(len(lines))]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How good a model was in the middle of its training.
+
+    Attributes:
+        values: by the names that metrics have.
+        samples: source, reference and translation of each sentence.
+        score: by `validation.metric`; higher is better.
+    """
+
+    values: dict[str, float]
+    samples: list[dict[str, str]]
+    score: float
+
+
+def validate(
+    model: Transformer,
+    data: PreparedData,
+    plan: BatchPlan,
+    world: World,
+    settings: ValidationSettings,
+    go_on: Callable[[], bool],
+) -> Validation:
+    """Judge a model on the validation set; on all ranks, which share the work.
+
+    Raises:
+        CutShortError: if `go_on` said no on any rank.
+    """
+    assert data.validation is not None, "the settings were checked for it"
+    sources, references = data.text("validation")
+    nll = negative_log_likelihood(model, data.validation, plan, world, go_on)
+    search = settings.beam_size, settings.length_penalty
+    translations = translate_lines(model, data.vocabulary, sources, world, *search, go_on)
+    judgement = judge(translations, references)
+    values = {
+        "validation/nll": nll,
+        "validation/perplexity": math.exp(min(nll, 100.0)),
+        "validation/bleu": judgement.bleu,
+        "validation/chrf": judgement.chrf,
+    }
+    score = {"bleu": judgement.bleu, "chrf": judgement.chrf, "nll": -nll}[settings.metric]
+    names = "source", "reference", "translation"
+    rows = zip(sources, references, translations, strict=True)
+    return Validation(values, [dict(zip(names, row, strict=True)) for row in rows], score)
 
 
 def judge(translations: Sequence[str], references: Sequence[str]) -> Judgement:

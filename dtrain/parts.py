@@ -69,6 +69,12 @@ def choose_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Compute in this precision; parameters stay in fp32."""
+    low = precision is not torch.float32
+    return torch.autocast(device.type, precision if low else torch.bfloat16, enabled=low)
+
+
 def configure_torch(config: Config, device: torch.device) -> None:
     """Set torch's process-wide switches: threads and determinism."""
     if config.run.threads != "auto":

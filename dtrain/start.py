@@ -1,10 +1,13 @@
-"""What rank 0 gets ready before training: tokens, run directory, and where to go on from."""
+"""How a training starts: what rank 0 gets ready for all ranks, and what is refused."""
 
+import os
 import shlex
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +19,15 @@ from dtrain.data.preparation import is_prepared, num_cores, prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.distributed import World
 from dtrain.errors import UserError
-from dtrain.parts import build_plan, choose_precision
+from dtrain.fault import strike
+from dtrain.lock import RunLock
+from dtrain.nodes import check_nodes, check_shared, hosts_of
+from dtrain.parts import build_model, build_plan, choose_precision
 from dtrain.preemption import StopSignal
 from dtrain.run_directory import RunDirectory
+
+FIELDS = {"training text": "data", "vocabulary": "vocabulary", "batch plan": "plan"}
+"""What a checkpoint's fingerprints are called on the command line."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class Ready:
         resume_from: the checkpoint to go on from, if there is one.
         weights_from: the other run's checkpoint to begin with, if nothing is resumed.
         notices: what the user should know, damaged checkpoints for instance.
+        attempt: number of this start of the run, from 1.
+        lock: of the run directory; on rank 0 only.
     """
 
     config: Config
@@ -38,26 +49,102 @@ class Ready:
     resume_from: Path | None
     weights_from: Path | None
     notices: list[str]
+    attempt: int = 1
+    lock: RunLock | None = None
+
+    @property
+    def step(self) -> int:
+        """The step to go on from; 0 at the beginning."""
+        return 0 if self.resume_from is None else checkpoint.step_of(self.resume_from)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another training took the run directory over: this one must write no more."""
+        return self.lock is not None and self.lock.lost
 
 
-def get_ready(config: Config, world: World, stop: StopSignal) -> Ready:
+@contextmanager
+def claimed(
+    config: Config, world: World, stop: StopSignal, allowed: Collection[str] = ()
+) -> Iterator[Ready | None]:
+    """Own the run directory for as long as a training lasts; every rank enters.
+
+    Rank 0 takes the lock, begins an attempt, gets everything ready, and notes how the attempt
+    ended. If another training holds the lock nothing is written.
+
+    Args:
+        config: the settings.
+        world: the ranks.
+        stop: asked while something takes long.
+        allowed: what may have changed since the run began: settings, `data`, `vocabulary`, `plan`.
+
+    Yields:
+        What is needed to train; None if a stop signal came before that.
+
+    Raises:
+        UserError: on all ranks, for any mistake in data, settings or launch.
+    """
+    run = RunDirectory(config.run_dir)
+    hosts = hosts_of(world)
+    with ExitStack() as held:
+        lock = RunLock(run.path, stop)
+
+        def begin() -> Ready | None:
+            held.enter_context(lock)
+            number = held.enter_context(run.attempt(lock, world.size, sorted(allowed)))
+            check_nodes(hosts, os.environ)
+            ready = get_ready(config, world, stop, allowed)
+            if ready is None:
+                why = f"stopped by {stop.reason} before training began"
+                run.write_status("preempted", run.step_saved, 0, why)
+                sys.stdout.write(f"{why}; the same command goes on\n")
+                return None
+            run.note_start(number, ready.step)
+            notices = [lock.notice] if lock.notice else []
+            return replace(ready, attempt=number, notices=[*notices, *ready.notices])
+
+        ready: Ready | None = world.from_main(begin)
+        if ready is not None:
+            if len(hosts) > 1:
+                check_shared(world, run.path, ready.data_dir)
+            if world.is_main:
+                ready = replace(ready, lock=lock)
+        yield ready
+
+
+def get_ready(
+    config: Config, world: World, stop: StopSignal, allowed: Collection[str] = ()
+) -> Ready | None:
     """Prepare what is missing and claim the run directory; on rank 0, for all ranks.
+
+    Returns:
+        None if a stop signal came first.
 
     Raises:
         UserError: for any mistake in data or settings.
     """
+    strike("in_preparation")
     check_world(config, world)
+    run = RunDirectory(config.run_dir)
+    config = _resolved(config, run, world)
+    run.check(config, allowed)  # before preparing, which may take long
     data_dir = prepared_directory(config.data, config.vocabulary, config.vocabulary_of)
     if not is_prepared(config.data, config.vocabulary, data_dir, config.vocabulary_of):
         _prepare(config, world, stop, data_dir)
+        if stop.received is not None:
+            return None
     data = PreparedData.open(data_dir)
-    run = RunDirectory(config.run_dir)
-    config = _resolved(config, run, world)
-    run.check(config)
     resume_from, notices = checkpoint.newest(run.checkpoints)
     if resume_from is not None:
         saved = checkpoint.read_state(resume_from)["data"]
-        check_identity(saved, identity(data, build_plan(config, data)), run.path)
+        check_identity(saved, identity(data, build_plan(config, data)), run.path, allowed)
+    if resume_from is not None and allowed:
+        # A model of other sizes is found out before its settings replace those of the run.
+        model = build_model(config, data.vocabulary)
+        checkpoint.load_module(model, resume_from / checkpoint.MODEL)
+    with torch.device("meta"):
+        room = checkpoint.room_needed(build_model(config, data.vocabulary))
+    checkpoint.check_room(run.checkpoints, room)
     weights_from = None
     if resume_from is None and config.run.init_from is not None:
         other = RunDirectory.existing(Path(config.run.init_from))
@@ -91,17 +178,27 @@ def identity(data: PreparedData, plan: BatchPlan) -> dict[str, str]:
     }
 
 
-def check_identity(saved: dict[str, str], now: dict[str, str], run: Path) -> None:
-    """Refuse to go on with other data than the run began with.
+def check_identity(
+    saved: Mapping[str, str], now: Mapping[str, str], run: Path, allowed: Collection[str] = ()
+) -> None:
+    """Refuse to go on with other data than the run was trained with.
+
+    Args:
+        saved: fingerprints in the checkpoint, by what they are of.
+        now: those of today's settings.
+        run: the run directory.
+        allowed: `data`, `vocabulary` or `plan`, if that may have changed.
 
     Raises:
-        UserError: naming what differs.
+        UserError: naming what differs, the old and the new.
     """
-    changed = [name for name, value in now.items() if saved.get(name) != value]
+    changed = [name for name in now if saved.get(name) != now[name] and FIELDS[name] not in allowed]
     if changed:
+        others = [f"another {n} ({saved.get(n, 'none')[:12]} -> {now[n][:12]})" for n in changed]
+        flags = [f"--allow-changed {FIELDS[name]}" for name in changed]
         raise UserError(
-            f"{run} was trained with another {' and another '.join(changed)} than the settings "
-            f"now give; set them back, or start another run with --run.name=NAME"
+            f"{run} was trained with {' and '.join(others)} than the settings now give; set them "
+            f"back, or start another run with --run.name=NAME, or accept it: {' '.join(flags)}"
         )
 
 
@@ -140,7 +237,7 @@ def _prepare(config: Config, world: World, stop: StopSignal, data_dir: Path) -> 
         child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         complaint = _finish(child, stop)
         if stop.received is not None:
-            raise UserError(f"stopped by {stop.reason} while preparing; nothing was trained yet")
+            return
         if child.returncode:
             raise UserError(
                 complaint.strip().removeprefix("dtrain: ") or "preparing the data failed"

@@ -7,12 +7,14 @@ import sys
 
 if __name__ == "__main__":
     # `--help` and a mistake in the settings are answered before the imports that cost seconds.
-    from dtrain.commands.train import parse
+    from dtrain.commands.train import parse_start
 
-    CONFIG = parse(sys.argv[1:])
+    START = parse_start(sys.argv[1:])
 
 import math
 import time
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,17 +22,20 @@ from torch import Tensor
 from dtrain import checkpoint, fault
 from dtrain.batch import Batch
 from dtrain.config import Config
+from dtrain.cursors import CURSORS, Cursors
 from dtrain.data.loader import LoadedStep, Loader
 from dtrain.data.plan import DistributedTokenSampler
 from dtrain.data.store import PreparedData
 from dtrain.distributed import World, connect
 from dtrain.errors import GiveUpError, shown_to_user
-from dtrain.evaluation import CutShortError, judge, negative_log_likelihood, translate_lines
+from dtrain.evaluation import CutShortError, validate
+from dtrain.heartbeat import Heartbeat
 from dtrain.loss import Objective
 from dtrain.metrics import Metrics
 from dtrain.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from dtrain.parts import (
     PRECISIONS,
+    autocast,
     build_model,
     build_plan,
     configure_torch,
@@ -38,34 +43,55 @@ from dtrain.parts import (
     memory_gib,
     seed_position,
 )
-from dtrain.preemption import StopSignal
+from dtrain.preemption import Deadline, StopSignal
 from dtrain.progress import Progress
 from dtrain.reduction import REDUCTIONS
 from dtrain.rehearsal import rehearse
 from dtrain.run_directory import RunDirectory, Status
+from dtrain.saver import Saver
 from dtrain.schedule import learning_rate
-from dtrain.start import Ready, describe, get_ready, identity
+from dtrain.start import Ready, claimed, describe, identity
+from dtrain.supervision import watched
 
 NUM_SAMPLES = 5
 SKIPPED_IN_A_ROW = 10
+SECONDS_TO_NAME = 15
 CHECK_EVERY_STEPS = 100  # whether weights and moments are still the same on all ranks
 
 
-def run(config: Config) -> int:
-    """Train, or go on; gives this rank's exit code."""
-    with StopSignal() as stop, connect(config.run.device, config.distributed.timeout) as world:
-        ready = world.from_main(lambda: get_ready(config, world, stop))
-        with RunDirectory(config.run_dir).failure_noted(world.is_main):
-            Training(ready, world, stop).run()
+def run(config: Config, allowed: Collection[str] = ()) -> int:
+    """Train, or go on; gives this rank's exit code.
+
+    Args:
+        config: the settings.
+        allowed: what may have changed since the run began, as `--allow-changed` names it.
+    """
+    deadline = Deadline(config.run.time_limit)
+    with (
+        StopSignal() as stop,
+        connect(config.run.device, config.distributed.first_step_timeout) as world,
+        claimed(config, world, stop, allowed) as ready,
+    ):
+        if ready is not None:
+            with watched(ready, world) as heartbeat:
+                Training(ready, world, stop, deadline, heartbeat).run()
     return 0
 
 
 class Training:
     """A run on one rank: its parts, put together, and its place in the plan."""
 
-    def __init__(self, ready: Ready, world: World, stop: StopSignal) -> None:
+    def __init__(
+        self,
+        ready: Ready,
+        world: World,
+        stop: StopSignal,
+        deadline: Deadline,
+        heartbeat: Heartbeat,
+    ) -> None:
         self.config = config = ready.config
-        self.ready, self.world, self.stop = ready, world, stop
+        self.ready, self.world, self.heartbeat = ready, world, heartbeat
+        self.stop, self.deadline = stop, deadline
         self.directory = RunDirectory(config.run_dir)
         self.data = PreparedData.open(ready.data_dir)
         self.precision = PRECISIONS[config.precision]
@@ -109,6 +135,7 @@ class Training:
         on_gpu = self.world.device.type == "cuda"
         with (
             self.open_metrics() as self.metrics,
+            self.open_saver() as self.saver,
             Loader(sampler, self.data.train, self.progress.cursor, on_gpu) as loader,
         ):
             self.announce()
@@ -116,13 +143,24 @@ class Training:
                 self.judge()
             if not self.end_reached():
                 self.discarded_backward()
-                waiting_since = time.perf_counter()
-                for step in loader:
-                    self.train_step(step, waiting_since)
-                    if self.after_step():
-                        break
-                    waiting_since = time.perf_counter()
+                self.train(loader)
             self.conclude()
+
+    def train(self, loader: Loader) -> None:
+        """Run steps until one is the last."""
+        cursors = self.open_cursors()
+        waiting_since = time.perf_counter()
+        for count, step in enumerate(loader):
+            self.train_step(step, waiting_since)
+            if count == 0:  # which may have compiled
+                self.expect_quick_steps()
+            else:
+                self.deadline.note_step(time.perf_counter() - waiting_since)
+            if cursors is not None:
+                cursors.note(self.progress.step + 1, self.progress.cursor)
+            if self.after_step():
+                break
+            waiting_since = time.perf_counter()
 
     def discarded_backward(self) -> None:
         """Run backward of weight 0 before the first step of every start, and throw it away.
@@ -176,10 +214,7 @@ class Training:
 
     def backward(self, batch: Batch, weight: float) -> Tensor:
         """Add a micro-batch's gradients up; gives its sums of loss and nll, float64 [2]."""
-        low = self.precision is not torch.float32
-        with torch.autocast(
-            self.world.device.type, self.precision if low else torch.bfloat16, enabled=low
-        ):
+        with autocast(self.world.device, self.precision):
             loss, nll = self.reduction.objective(batch.to(self.world.device))
         self.scaler.scale(loss * weight).backward()
         return torch.stack([loss.detach(), nll.detach()]).double()
@@ -224,6 +259,10 @@ class Training:
     def after_step(self) -> bool:
         """Agree with all ranks, validate, save; says whether to leave."""
         settings, step = self.config, self.progress.step
+        if self.ready.is_lost:
+            raise RuntimeError(
+                f"another training has taken {self.directory.path} over, so this one ends"
+            )
         minutes = settings.checkpoint.every_minutes
         is_late = bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
         stopping, save_now = self.world.agree(step, self.wants_to_stop(), is_late)
@@ -252,13 +291,12 @@ class Training:
             return
         if self.progress.note_score(score) and self.config.checkpoint.keep_best > 0:
             self.save()
-        if self.saved_step == self.progress.step and self.world.is_main:
-            path = self.directory.checkpoints / checkpoint.checkpoint_name(self.saved_step)
-            checkpoint.note_judgement(path, score, self.progress.to_json())
+        if self.saved_step == self.progress.step and self.saver is not None:
+            self.saver.note_judgement(self.saved_step, score, self.progress.to_json())
 
     def wants_to_stop(self) -> bool:
-        """Whether this rank was told to stop."""
-        return self.stop.received is not None
+        """Whether this rank was told to stop, or has hardly any time left."""
+        return self.stop.received is not None or self.deadline.is_near()
 
     def may_go_on_validating(self) -> bool:
         """Tell the other ranks that are validating if this one was told to stop, or ask them."""
@@ -278,8 +316,26 @@ class Training:
             self.world.check_same(f"weights or moments after step {self.progress.step}", bits)
 
     def at(self, point: str, step: int) -> None:
-        """Say to the watchers where this rank is."""
+        """Show where this rank is."""
+        self.heartbeat.at(step, point)
         fault.strike(point, step)
+
+    def expect_quick_steps(self) -> None:
+        """From the second step on, nothing may stand still for long any more.
+
+        Collectives wait a little longer, so that who hangs is named first.
+        """
+        self.heartbeat.timeout = seconds = self.config.distributed.timeout
+        self.world.set_timeout(seconds + SECONDS_TO_NAME)
+
+    @contextmanager
+    def patiently(self, phase: str) -> Iterator[None]:
+        """Do something in which a rank may stand still for longer than in a step."""
+        self.at(phase, self.progress.step)
+        before = self.heartbeat.timeout
+        self.heartbeat.timeout = max(before, self.config.distributed.first_step_timeout)
+        yield
+        self.heartbeat.timeout = before
 
     def validation_is_due(self) -> bool:
         """Whether this step's model is still to be judged: at each period, and at the end."""
@@ -289,28 +345,13 @@ class Training:
 
     def validate(self) -> float:
         """Judge the model on the validation set; gives the score, higher is better."""
-        settings, step = self.config.validation, self.progress.step
-        assert self.data.validation is not None, "the settings were checked for it"
-        sources, references = self.data.text("validation")
-        model, world, vocabulary = self.model, self.world, self.data.vocabulary
-        held_out, search = self.data.validation, (settings.beam_size, settings.length_penalty)
-        go_on = self.may_go_on_validating
-        nll = negative_log_likelihood(model, held_out, self.plan, world, go_on)
-        translations = translate_lines(model, vocabulary, sources, world, *search, go_on)
-        judgement = judge(translations, references)
-        self.metrics.log(
-            step,
-            {
-                "validation/nll": nll,
-                "validation/perplexity": math.exp(min(nll, 100.0)),
-                "validation/bleu": judgement.bleu,
-                "validation/chrf": judgement.chrf,
-            },
-        )
-        rows = list(zip(sources, references, translations, strict=True))[:NUM_SAMPLES]
-        names = "source", "reference", "translation"
-        self.metrics.samples(step, [dict(zip(names, row, strict=True)) for row in rows])
-        return {"bleu": judgement.bleu, "chrf": judgement.chrf, "nll": -nll}[settings.metric]
+        step = self.progress.step
+        parts = self.model, self.data, self.plan, self.world
+        with self.patiently("validating"):
+            found = validate(*parts, self.config.validation, self.may_go_on_validating)
+        self.metrics.log(step, found.values)
+        self.metrics.samples(step, found.samples[:NUM_SAMPLES])
+        return found.score
 
     def save(self) -> None:
         """Write a checkpoint, from rank 0, unless this step has one."""
@@ -318,20 +359,23 @@ class Training:
             return
         self.check_ranks_agree()
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
-        if not self.world.is_main:
-            return
-        state = {
-            "step": self.progress.step,
-            "progress": self.progress.to_json(),
-            "scaler": self.scaler.state_dict(),
-            "data": identity(self.data, self.plan),
-            "made_with": {"torch": torch.__version__, "world_size": self.world.size},
-        }
-        name = checkpoint.checkpoint_name(self.progress.step)
-        checkpoint.save(self.directory.checkpoints, name, self.model, self.optimizer, state)
-        keep = self.config.checkpoint
-        checkpoint.prune(self.directory.checkpoints, keep.keep_last, keep.keep_best)
-        self.directory.write_status("running", self.progress.step, None, f"saved {name}")
+        with self.patiently("saving"):
+            if self.saver is not None:
+                state = {
+                    "step": self.progress.step,
+                    "progress": self.progress.to_json(),
+                    "scaler": self.scaler.state_dict(),
+                    "data": identity(self.data, self.plan),
+                    "made_with": {"torch": torch.__version__, "world_size": self.world.size},
+                }
+                self.saver.save(self.progress.step, self.model, self.optimizer, state)
+            self.world.meet()  # a slow disk may take longer than collectives wait
+
+    def note_saved(self, step: int) -> None:
+        """Say that a checkpoint is on disk; called where it was written."""
+        self.deadline.note_save(time.monotonic() - self.saved_at)
+        name = checkpoint.checkpoint_name(step)
+        self.directory.write_status("running", step, None, f"saved {name}")
         self.metrics.message(f"saved {name}")
 
     def log_step(
@@ -389,11 +433,33 @@ class Training:
         steps = settings.run.max_steps, self.progress.step
         return Metrics.open(path, settings.wandb, settings.model_dump(), *steps)
 
+    def open_saver(self) -> AbstractContextManager[Saver | None]:
+        """Make what writes checkpoints, on rank 0."""
+        if not self.world.is_main:
+            return nullcontext()
+        settings = self.config.checkpoint
+        return Saver(
+            self.directory.checkpoints,
+            asynchronous=settings.asynchronous,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+            protect=self.ready.resume_from,
+            say=self.metrics.message,
+            on_saved=self.note_saved,
+        )
+
+    def open_cursors(self) -> Cursors | None:
+        """Make what notes where windows of the plan begin, on rank 0."""
+        if not self.world.is_main:
+            return None
+        path, step = self.directory.path / CURSORS, self.progress.step + 1
+        return Cursors(path, step, self.progress.cursor, self.metrics.message)
+
     def announce(self) -> None:
         """Say what will run, before it runs."""
         if not self.world.is_main:
             return
-        attempt = self.directory.begin_attempt(step=self.progress.step, world_size=self.world.size)
+        attempt = self.ready.attempt
         self.directory.write_status("running", self.progress.step, None, f"attempt {attempt}")
         num_parameters = sum(p.numel() for p in self.model.parameters())
         what = describe(self.ready, self.data, self.world, self.precision, num_parameters)
@@ -403,15 +469,19 @@ class Training:
             self.metrics.message(line)
 
     def conclude(self) -> None:
-        """Say how it ended, for people and for scripts."""
+        """Say how it ended, for people and for scripts, once all is on disk."""
+        with self.patiently("leaving"):
+            if self.saver is not None:
+                self.saver.wait()
+            self.world.meet()
         step = self.progress.step
         status: Status
         finished = self.end_reached() and not self.validation_is_due()
         if finished:
             status, why = "completed", f"finished at step {step}"
         else:
-            signal = self.stop.reason or "a signal to another rank"
-            status, why = "preempted", f"stopped by {signal} after step {step}"
+            near = self.deadline.reason if self.deadline.is_near() else "a signal to another rank"
+            status, why = "preempted", f"stopped by {self.stop.reason or near} after step {step}"
         if self.world.is_main:
             self.directory.write_status(status, step, 0, why)
         self.metrics.message(why + ("" if finished else "; the same command goes on"))
@@ -420,4 +490,4 @@ class Training:
 
 if __name__ == "__main__":
     with shown_to_user():
-        sys.exit(run(CONFIG))
+        sys.exit(run(*START))

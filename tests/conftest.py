@@ -1,80 +1,28 @@
 """What holds for all tests: one thread, so that ranks do not fight for cores and bits repeat."""
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
+from toy_language import write_settings, write_text
 from worlds import run_world
 
 from dtrain import train
 from dtrain.config import Config, load_config
-from dtrain.data.preparation import prepare, prepared_directory
 
 torch.set_num_threads(1)
-
-WORDS = [
-    "red",
-    "blue",
-    "small",
-    "big",
-    "old",
-    "new",
-    "cat",
-    "dog",
-    "bird",
-    "house",
-    "sees",
-    "likes",
-]
 
 
 @pytest.fixture(scope="session")
 def toy_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy language: its translation says the words backwards, with a capital X in front."""
-    folder = tmp_path_factory.mktemp("toy")
-    generator = random.Random(5)
-    for split, size in (("train", 600), ("validation", 12), ("test", 12)):
-        lines = [generator.choices(WORDS, k=generator.randint(2, 9)) for _ in range(size)]
-        source = "".join(" ".join(words) + "\n" for words in lines)
-        target = "".join(" ".join(f"X{word}" for word in words[::-1]) + "\n" for words in lines)
-        (folder / f"{split}.en").write_text(source, encoding="utf-8")
-        (folder / f"{split}.de").write_text(target, encoding="utf-8")
-    return folder
+    """The text of the toy language."""
+    return write_text(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="session")
 def toy_settings(toy_text: Path) -> Path:
     """A config file of a tiny run on the toy language, its tokens prepared."""
-    settings = toy_text / "toy.yaml"
-    splits = "\n".join(
-        f"  {split}: {dash}{{source: {toy_text}/{split}.en, target: {toy_text}/{split}.de}}"
-        for split, dash in (("train", "\n  - "), ("validation", ""), ("test", ""))
-    )
-    settings.write_text(
-        f"""
-data:
-  dir: {toy_text}/prepared
-  max_length: 40
-{splits}
-vocabulary: {{size: 48}}
-model: {{hidden_dim: 32, num_heads: 2, feed_forward_dim: 64, num_encoder_layers: 1,
-        num_decoder_layers: 1, max_decode_length: 40}}
-batch: {{tokens_per_step: 512, tokens_per_micro_batch: 128}}
-schedule: {{warmup_steps: 20}}
-run: {{max_steps: 12, threads: 1, dir: "{toy_text}/runs/{{name}}"}}
-distributed: {{timeout: 60}}
-validation: {{every_steps: 0}}
-checkpoint: {{every_steps: 0}}
-metrics: {{every_steps: 1}}
-wandb: {{mode: disabled}}
-""",
-        encoding="utf-8",
-    )
-    config = load_config(settings)
-    directory = prepared_directory(config.data, config.vocabulary)
-    prepare(config.data, config.vocabulary, directory, lambda _: None)
-    return settings
+    return write_settings(toy_text)
 
 
 @pytest.fixture(scope="session")

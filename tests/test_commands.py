@@ -4,10 +4,12 @@ import io
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +21,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dtrain.__main__ import main
+from dtrain.checkpoint import checkpoint_name
 from dtrain.commands import translate
-from dtrain.commands.status import verdict
+from dtrain.commands.status import goodput
 from dtrain.config import load_config
 from dtrain.data.preparation import prepared_directory
-from dtrain.run_directory import RunDirectory
+from dtrain.durable import write_json
+from dtrain.errors import UserError
+from dtrain.lock import RunLock
+from dtrain.peers import Sign
+from dtrain.run_directory import Attempt, RunDirectory
 from dtrain.schedule import learning_rate
 
 SENTENCES = ["old dog", "red cat sees big blue bird", "new house likes small cat"]
@@ -281,17 +288,34 @@ def test_average_of_more_than_there_are_is_a_mistake(refused, run):
 # ------------------------------------------------------------------ status
 
 
+def status_lines(text: str) -> dict[str, list[str]]:
+    """Cut a status into its entries; lines without a name belong to the one before."""
+    entries, name = dict[str, list[str]](), ""
+    for line in text.splitlines():
+        name = line[:12].strip() or name
+        entries.setdefault(name, []).append(line[13:])
+    return entries
+
+
 def test_status_of_a_finished_run(dtrain, run, trained):
     os.utime(trained.run_dir / "checkpoints" / "step-0000000100", (time.time() - 600,) * 2)
-    lines = dict(line.split(maxsplit=1) for line in dtrain("status", run).splitlines())
-    assert lines["run"] == run
-    assert lines["status"] == "completed: finished at step 100"
-    assert lines["step"] == "100 of 100"
-    assert lines["best"].startswith("BLEU ")
-    assert lines["best"].endswith(" at step 100")
-    assert lines["checkpoint"] == "step-0000000100, 10 minutes old"
-    assert lines["attempts"] == "1"
-    assert lines["verdict"] == "completed"
+    found = status_lines(dtrain("status", run))
+    assert found["run"] == [run]
+    assert found["status"] == ["completed: finished at step 100"]
+    assert re.fullmatch(r"100 of 100 \(100 %\), epoch \d+", found["step"][0])
+    assert re.fullmatch(r"\d+\.\d\d at step 100", found["best BLEU"][0])
+    assert found["checkpoint"] == ["step-0000000100, 10 minutes old"]
+    count, attempt = found["attempts"]
+    assert count == "1"
+    assert re.fullmatch(
+        r"1  \d{4}-\d\d-\d\d \d\d:\d\d  step 0 to 100, 1 rank on \S+; "
+        r"completed: finished at step 100",
+        attempt,
+    )
+    assert re.fullmatch(r"\d+\.\d % while it ran, .* % since the first start", found["goodput"][0])
+    assert found["next"] == ["nothing is left to do; a larger run.max_steps would go on"]
+    assert found["verdict"] == ["completed"]
+    assert len(dtrain("status", run).splitlines()) < 25
 
 
 def test_status_as_json(dtrain, run, trained):
@@ -299,10 +323,14 @@ def test_status_as_json(dtrain, run, trained):
     assert found["status"] == found["verdict"] == "completed"
     assert (found["step"], found["max_steps"], found["exit_code"]) == (100, 100, 0)
     assert found["checkpoints"] == [f"step-0000000{n}" for n in ("040", "080", "100")]
+    assert (found["last_checkpoint"], found["set_aside"]) == ("step-0000000100", [])
     last = json.loads(lines_of(trained.run_dir / "metrics.jsonl")[-1])
     assert found["last_metrics"] == found["best"] == last
     assert found["last_checkpoint_age_seconds"] > 0
-    assert [attempt["world_size"] for attempt in found["attempts"]] == [1]
+    (attempt,) = found["attempts"]
+    assert (attempt["world_size"], attempt["end_step"], attempt["status"]) == (1, 100, "completed")
+    assert found["running"] is None
+    assert 0 < found["goodput"]["since_first_start"] <= found["goodput"]["while_running"] <= 1
 
 
 @pytest.fixture
@@ -316,18 +344,17 @@ def begun(toy) -> RunDirectory:
 
 
 @pytest.mark.parametrize(
-    ("status", "word"),
+    ("status", "exit_code", "word"),
     [
-        ("completed", "completed"),
-        ("preempted", "requeue"),
-        ("failed", "stop"),
-        ("running", "requeue"),  # who asks does so after the job's end: its process was killed
+        ("completed", 0, "completed"),
+        ("preempted", 0, "requeue"),
+        ("failed", 2, "stop"),
+        ("failed", 1, "requeue"),
     ],
 )
-def test_the_verdict_is_one_word(dtrain, begun, status, word):
-    begun.write_status(status, 7, None, "because")
+def test_the_verdict_is_one_word(dtrain, begun, status, exit_code, word):
+    begun.write_status(status, 7, exit_code, "because")
     assert dtrain("status", begun.path, "--verdict") == f"{word}\n"
-    assert verdict(begun.read_status()) == word
     text = dtrain("status", begun.path)
     assert f"status       {status}: because" in text
     assert "step         7\n" in text
@@ -335,11 +362,55 @@ def test_the_verdict_is_one_word(dtrain, begun, status, word):
     assert json.loads(dtrain("status", begun.path, "--json"))["verdict"] == word
 
 
+def test_who_runs_no_more_and_said_nothing_was_killed(dtrain, begun):
+    begun.write_status("running", 7, None, "saved step-0000000007")
+    assert dtrain("status", begun.path, "--verdict") == "requeue\n"
+    text = dtrain("status", begun.path)
+    assert "status       killed: it could not say why; before that: saved step-0000000007" in text
+
+
+def test_a_killed_attempt_is_known_before_the_next_one_notes_it(dtrain, begun):
+    attempt = asdict(Attempt(1000.0, 0, 2, "n1"))
+    write_json(begun.identity_file, {"attempts": [attempt]})
+    begun.write_status("running", 7, None, "saved")
+    begun.heartbeats.mkdir()
+    sign = Sign(1, 0, "n1", 5, 5, 1, 9, 0, "backward", 0.0, 1060.0, True, "rank 1 is gone " * 9)
+    (begun.heartbeats / "rank-0.json").write_text(json.dumps(asdict(sign)), encoding="utf-8")
+    found = status_lines(dtrain("status", begun.path))
+    assert found["status"] == [f"killed: {sign.why}; before that: saved"]
+    line = found["attempts"][1]
+    assert "step 0 to 9, 2 ranks on n1; killed: rank 1 is gone rank 1" in line
+    assert line.endswith(" ...")
+    assert json.loads(begun.identity_file.read_text(encoding="utf-8"))["attempts"] == [
+        attempt | {"allowed": []}
+    ]
+
+
 def test_status_of_a_run_that_has_only_settings(dtrain, begun):
     assert dtrain("status", begun.path, "--verdict") == "requeue\n"
     assert "status       not begun" in dtrain("status", begun.path)
+    assert "checkpoint   none yet" in dtrain("status", begun.path)
     found = json.loads(dtrain("status", begun.path, "--json"))
     assert (found["last_metrics"], found["best"], found["checkpoints"]) == ({}, {}, [])
+    assert found["goodput"] is found["last_checkpoint"] is None
+
+
+def test_status_of_no_run(dtrain, refused, tmp_path, monkeypatch):
+    assert "is not a run directory: it has no config.yaml" in refused("status", tmp_path / "none")
+    assert "is not a run directory: it has no config.yaml" in refused("status", tmp_path, "--json")
+    assert dtrain("status", tmp_path / "none", "--verdict") == "stop\n"
+    monkeypatch.setenv("SLURM_JOB_ID", "55")
+    assert dtrain("status", tmp_path / "none", "--verdict") == "requeue\n"
+
+
+def test_status_of_a_start_that_was_refused_before_the_run_began(dtrain, tmp_path):
+    run = RunDirectory(tmp_path / "refused")
+    with pytest.raises(UserError), RunLock(run.path) as lock, run.attempt(lock, 2):
+        raise UserError("train.en is empty")
+    found = status_lines(dtrain("status", run.path))
+    assert found["status"] == ["failed: train.en is empty"]
+    assert found["attempts"][1].endswith("failed: train.en is empty")
+    assert found["next"] == ["the same command would fail again: train.en is empty"]
 
 
 def test_the_step_is_the_newest_that_is_known(dtrain, begun):
@@ -349,6 +420,108 @@ def test_the_step_is_the_newest_that_is_known(dtrain, begun):
     assert "step         40\n" in dtrain("status", begun.path)
     begun.write_status("preempted", 47, 0, "stopped")
     assert "step         47\n" in dtrain("status", begun.path)
+
+
+def test_the_best_is_the_best_by_the_runs_own_metric(dtrain, begun, toy):
+    lines = [{"step": s, "validation/nll": nll} for s, nll in ((5, 2.5), (6, 1.25), (7, 3.0))]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (begun.path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert "best " not in dtrain("status", begun.path)
+    begun.config_file.write_text(toy(validation__metric="nll").to_yaml(), encoding="utf-8")
+    assert "best loss    1.25 at step 6\n" in dtrain("status", begun.path)
+
+
+def test_status_of_a_run_that_is_running(dtrain, begun):
+    with RunLock(begun.path, environ={"SLURM_JOB_ID": "55"}) as lock, begun.attempt(lock, 6):
+        begun.heartbeats.mkdir()
+        for rank in range(6):
+            step, phase = (8, "before_optimizer") if rank == 3 else (9, "in_validation")
+            sign = Sign(1, rank, "n1", 5, 5, 1, step, 0, phase, 0.0, time.time(), False, "")
+            path = begun.heartbeats / f"rank-{rank}.json"
+            path.write_text(json.dumps(asdict(sign)), encoding="utf-8")
+        found = status_lines(dtrain("status", begun.path))
+        running = json.loads(dtrain("status", begun.path, "--json"))["running"]
+        begun.write_status("preempted", 9, 0, "stopped")
+    status, holder, *ranks = found["status"]
+    assert status == "running: attempt 1 is getting ready"
+    assert holder == f"{lock.myself.describe()}, last seen alive {holder.split()[-3]} seconds ago"
+    assert ranks == [
+        "rank 3 at step 8, before optimizer",
+        "ranks 0-2, 4-5 at step 9, in validation",
+    ]
+    assert found["step"] == ["9"]
+    assert found["attempts"][1].endswith("6 ranks on " + lock.myself.host + ", job 55; running")
+    assert found["next"] == ["if it ended now, the same command begins from step 1"]
+    assert (running["job"], running["process"]) == ("55", os.getpid())
+    assert json.loads(dtrain("status", begun.path, "--json"))["running"] is None
+
+
+def keep_checkpoint(run: RunDirectory, step: int, age: float, train_seconds: float | None) -> Path:
+    """Make what looks like a checkpoint to who hashes nothing."""
+    path = run.checkpoints / checkpoint_name(step)
+    path.mkdir(parents=True)
+    progress = {} if train_seconds is None else {"train_seconds": train_seconds}
+    state = json.dumps({"format_version": 1, "step": step, "progress": progress})
+    (path / "state.json").write_text(state, encoding="utf-8")
+    manifest = {"format_version": 1, "files": {"state.json": {"size": len(state), "sha256": ""}}}
+    (path / "MANIFEST.json").write_text(json.dumps(manifest), encoding="utf-8")
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_only_whole_checkpoints_count(dtrain, begun):
+    for step in (10, 20, 30):
+        keep_checkpoint(begun, step, 7200, None)
+    (begun.checkpoints / checkpoint_name(30) / "state.json").write_text("{}", encoding="utf-8")
+    (begun.checkpoints / checkpoint_name(20)).rename(begun.checkpoints / "step-20.corrupt")
+    (line,) = status_lines(dtrain("status", begun.path))["checkpoint"]
+    assert line == "step-0000000010, 2 hours old; set aside as damaged: step-20.corrupt"
+
+
+ATTEMPTS = [
+    Attempt(1000.0, 0, 4, "n1", "55", 0, (), 1100.0, 35, "killed", None, "rank 2 died"),
+    Attempt(1200.0, 30, 4, "n1", "55", 1, (), 1300.0, 60, "preempted", 0, "SIGUSR1"),
+    Attempt(1350.0, 60, 2, "n2", "55", 2, ("plan",), 1450.0, 90, "failed", 1, "OSError"),
+]
+
+
+def test_attempts_and_goodput_of_three_attempts(dtrain, begun):
+    """240 of the 300 s in which it ran, of 450 s in all, were for steps that count."""
+    write_json(begun.identity_file, {"attempts": [asdict(attempt) for attempt in ATTEMPTS]})
+    keep_checkpoint(begun, 90, 0, 240.0)
+    begun.write_status("failed", 90, 1, "OSError")
+    found = status_lines(dtrain("status", begun.path))
+    assert found["goodput"] == ["80.0 % while it ran, 53.3 % since the first start"]
+    count, *attempts = found["attempts"]
+    assert count == "3"
+    assert [attempt.partition("  step ")[2] for attempt in attempts] == [
+        "0 to 35, 4 ranks on n1, job 55; killed: rank 2 died",
+        "30 to 60, 4 ranks on n1, job 55; preempted: SIGUSR1",
+        "60 to 90, 2 ranks on n2, job 55, allowed plan; failed: OSError",
+    ]
+    assert found["next"] == ["the same command goes on from step 90"]
+
+
+def test_of_many_attempts_the_last_five_are_shown(dtrain, begun):
+    write_json(begun.identity_file, {"attempts": [asdict(ATTEMPTS[0]) for _ in range(7)]})
+    count, *shown = status_lines(dtrain("status", begun.path))["attempts"]
+    assert count == "7"
+    assert [line.split()[0] for line in shown] == ["3", "4", "5", "6", "7"]
+
+
+def test_the_goodput_of_an_attempt_that_runs_is_that_up_to_its_checkpoint(begun):
+    path = keep_checkpoint(begun, 90, 0, 150.0)
+    os.utime(path, (1450.0, 1450.0))
+    running = Attempt(1350.0, 60, 2, "n1")
+    shares = goodput([*ATTEMPTS[:2], running], path, 9999.0)
+    assert shares["while_running"] == pytest.approx(150 / 300)
+    assert shares["since_first_start"] == pytest.approx(150 / 450)
+    os.utime(path, (1300.0, 1300.0))  # it has saved nothing yet
+    shares = goodput([*ATTEMPTS[:2], running], path, 1650.0)
+    assert shares["while_running"] == pytest.approx(150 / 500)
+    assert goodput([running], keep_checkpoint(begun, 91, 0, None), 1650.0) is None
+    assert goodput([], path, None) is None
+    assert goodput(ATTEMPTS, None, None) is None
 
 
 # ------------------------------------------------------------------ schedule
@@ -445,6 +618,19 @@ def test_print_config_shows_what_would_run_and_runs_nothing(capsys, toy_settings
     shown = load_config(tmp_path / "again.yaml")
     assert shown == load_config(toy_settings, [place, "--run.seed=7"])
     assert not (tmp_path / "toy").exists()
+
+
+def test_a_field_that_may_not_be_allowed_to_change_is_named(refused, toy_settings, monkeypatch):
+    arguments = ["train", "--config", toy_settings, "--allow-changed"]
+    message = refused(*arguments, "run.sede")
+    assert "--allow-changed run.sede: it takes a setting's key" in message
+    assert "did you mean run.seed?" in message
+    given = []
+    monkeypatch.setattr("dtrain.train.run", lambda *start: given.append(start[1]) or 0)
+    fields = ["plan", "data", "vocabulary", "model.dropout", "batch"]
+    assert main([str(a) for a in arguments[:3]] + [f"--allow-changed={f}" for f in fields]) == 0
+    assert main([str(a) for a in arguments[:3]]) == 0
+    assert given == [fields, []]
 
 
 @pytest.mark.slow

@@ -8,11 +8,17 @@ import torch
 from torch.nn import functional as F
 from worlds import run_world
 
+from dtrain import evaluation
 from dtrain.batch import Batch
 from dtrain.data.preparation import prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.distributed import alone, connect
-from dtrain.evaluation import judge, negative_log_likelihood, translate_lines
+from dtrain.evaluation import (
+    CutShortError,
+    judge,
+    negative_log_likelihood,
+    translate_lines,
+)
 from dtrain.parts import build_model, build_plan, trained_model
 
 LINES = ["old dog", "", "red cat sees big blue bird", "   ", "new house", "old dog likes cat"]
@@ -139,6 +145,36 @@ def test_more_ranks_than_lines(ready):
     expected = translated(ready, alone("cpu"), LINES[:1])
     assert on_ranks(2, lambda world: translated(ready, world, LINES[:1])) == [expected] * 2
     assert translated(ready, alone("cpu"), []) == []
+
+
+class Once:
+    """Says yes so many times, then no."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def __call__(self):
+        self.times -= 1
+        return self.times >= 0
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_rank_that_does_not_go_on_ends_it_for_all(ready, monkeypatch, size):
+    model, vocabulary, data, plan = ready
+    expected = translated(ready, alone("cpu"))
+    monkeypatch.setattr(evaluation, "LINES_AT_ONCE", 2)
+
+    def task(world):
+        def go_on():
+            return Once(1) if world.rank == size - 1 else lambda: True
+
+        with pytest.raises(CutShortError):
+            translate_lines(model, vocabulary, LINES, world, 2, 0.6, go_on())
+        with pytest.raises(CutShortError):
+            negative_log_likelihood(model, data.train, plan, world, go_on())
+        return translated(ready, world)
+
+    assert on_ranks(size, task) == [expected] * size
 
 
 # ------------------------------------------------------------------ judgement

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,6 +131,20 @@ def test_samples_are_one_line_each(tmp_path):
         metrics.samples(10, ROWS + ROWS)
     assert lines(tmp_path / "samples.jsonl") == [{"step": 10, **ROWS[0]}] * 2
     assert "„Hund“" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+
+
+def test_skipped_updates_name_their_sentences_each_step_once(tmp_path, capsys):
+    for resume_step in (0, 3):
+        with open_metrics(tmp_path, resume_step) as metrics:
+            for step in (3, 5)[resume_step > 0 :]:
+                ids = np.array([7, 8])
+                metrics.skipped(step, math.inf, [2.5, math.nan], {1: ids})
+    found = lines(tmp_path / "skipped.jsonl")
+    expected = {"index": 1, "loss": "NaN", "sentences": [7, 8]}
+    assert [line["step"] for line in found] == [3, 5]
+    assert all(line["micro_batches"] == [expected] for line in found)
+    assert found[0]["grad_norm"] == "Infinity"
+    assert "step 3: the gradient is not finite (inf), update skipped" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_reported_and_mended_over(tmp_path, monkeypatch, capsys):

@@ -1,12 +1,20 @@
+import errno
+import json
 import os
+import socket
 import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 
 import pytest
 
+from dtrain.checkpoint import checkpoint_name
 from dtrain.config import load_config
 from dtrain.data.vocabulary import Vocabulary
-from dtrain.errors import UserError
-from dtrain.run_directory import RunDirectory
+from dtrain.errors import GiveUpError, UserError
+from dtrain.lock import RunLock
+from dtrain.peers import Sign
+from dtrain.run_directory import Attempt, RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +76,16 @@ def test_the_settings_are_replaced_at_once_or_not_at_all(run, toy, vocabulary, m
     assert seen == [toy()]
 
 
+def test_what_is_allowed_to_change_may(run, toy):
+    changed = toy(run__seed=5, batch__tokens_per_step=256)
+    with pytest.raises(UserError) as caught:
+        run.check(changed, ["run.seed"])
+    assert "run.seed" not in str(caught.value)
+    assert "batch.tokens_per_step: 512 -> 256" in str(caught.value)
+    assert "--allow-changed batch.tokens_per_step" in str(caught.value)
+    run.check(changed, ["run.seed", "batch"])  # a setting, and a section of them
+
+
 def test_the_status_is_what_was_written_last(run):
     assert run.read_status() == {}
     run.write_status("running", 3, None, "saved")
@@ -80,38 +98,156 @@ def test_the_status_is_what_was_written_last(run):
         "step": 5,
         "exit_code": 0,
         "why": "stopped by SIGTERM",
+        "final": False,
         "process": os.getpid(),
     }
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), KeyboardInterrupt()])
-def test_a_failure_is_noted_with_the_step_it_happened_at(run, error):
+def test_a_status_that_a_crash_spoilt_is_none_but_a_damaged_identity_is_named(run):
+    run.status_file.touch()
+    assert run.read_status() == {}
+    run.identity_file.touch()
+    with pytest.raises(UserError, match=r"run\.json is not JSON .*mend it or move it away"):
+        run.attempts()
+
+
+# ------------------------------------------------------------------ attempts
+
+
+ENVIRON = {"SLURM_JOB_ID": "55", "SLURM_RESTART_COUNT": "2"}
+
+
+def save_step(run: RunDirectory, step: int) -> None:
+    (run.checkpoints / checkpoint_name(step)).mkdir(parents=True)
+
+
+def test_an_attempt_is_noted_when_it_begins_and_when_it_ends(run):
+    run.identity_file.write_text('{"wandb_id": "abc"}', encoding="utf-8")
+    save_step(run, 40)
+    begun = time.time()
+    with RunLock(run.path, environ=ENVIRON) as lock, run.attempt(lock, 2, ["plan"]) as number:
+        assert number == 1
+        assert run.read_status()["status"] == "running"
+        (attempt,) = run.attempts()
+        assert begun - 1 < attempt.time < time.time() + 1
+        assert (attempt.step, attempt.world_size, attempt.job, attempt.restart) == (40, 2, "55", 2)
+        assert (attempt.host, attempt.allowed) == (socket.gethostname(), ["plan"])
+        assert (attempt.status, attempt.ended, attempt.end_step) == (None, None, None)
+        run.note_start(number, 30)
+        run.write_status("preempted", 47, 0, "stopped by SIGTERM")
+    (attempt,) = run.attempts()
+    assert (attempt.step, attempt.end_step, attempt.exit_code) == (30, 47, 0)
+    assert (attempt.status, attempt.why) == ("preempted", "stopped by SIGTERM")
+    assert attempt.time <= attempt.ended <= time.time() + 1
+    assert run.read_identity()["wandb_id"] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "final", "why"),
+    [
+        (ZeroDivisionError("by zero"), 1, False, "ZeroDivisionError: by zero"),
+        (KeyboardInterrupt(), 1, False, "KeyboardInterrupt: "),
+        (UserError("a.en is empty"), 2, False, "a.en is empty"),
+        (GiveUpError("ten in a row"), 1, True, "ten in a row"),
+    ],
+)
+def test_a_failure_is_noted_with_the_step_it_happened_at(run, error, code, final, why):
 
     def training():
-        with run.failure_noted(True):
+        with RunLock(run.path) as lock, run.attempt(lock, 1):
             run.write_status("running", 7, None, "saved")
             raise error
 
     with pytest.raises(type(error)):
         training()
-    status = run.read_status()
-    assert (status["status"], status["step"], status["exit_code"]) == ("failed", 7, 1)
-    assert status["why"] == f"{type(error).__name__}: {error}"
+    status, (attempt,) = run.read_status(), run.attempts()
+    assert (status["status"], status["step"], status["exit_code"]) == ("failed", 7, code)
+    assert (status["why"], status["final"]) == (why, final)
+    assert (attempt.status, attempt.end_step, attempt.exit_code) == ("failed", 7, code)
+    assert attempt.why == why
 
 
-def test_no_failure_no_note_and_other_ranks_note_nothing(run):
-    with run.failure_noted(True):
-        pass
-    with pytest.raises(ZeroDivisionError), run.failure_noted(False):
-        raise ZeroDivisionError
-    assert run.read_status() == {}
+def test_a_full_disk_does_not_hide_the_failure(run, monkeypatch):
+    def training():
+        with RunLock(run.path) as lock, run.attempt(lock, 1):
+            monkeypatch.setattr(run, "write_status", full_disk)
+            raise ZeroDivisionError
+
+    def full_disk(*_, **__):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with pytest.raises(ZeroDivisionError):
+        training()
 
 
-def test_attempts_are_counted_beside_what_else_identifies_the_run(run):
-    run.identity_file.write_text('{"wandb_id": "abc"}', encoding="utf-8")
-    assert run.begin_attempt(step=0, world_size=2) == 1
-    assert run.begin_attempt(step=5, world_size=3) == 2
-    identity = run.read_identity()
-    assert identity["wandb_id"] == "abc"
-    facts = [(attempt["step"], attempt["world_size"]) for attempt in identity["attempts"]]
-    assert facts == [(0, 2), (5, 3)]
+@pytest.mark.parametrize("fails", [True, False])
+def test_who_lost_the_lock_writes_no_more(run, fails):
+    with (
+        pytest.raises(ZeroDivisionError) if fails else nullcontext(),
+        RunLock(run.path) as lock,
+        run.attempt(lock, 1),
+    ):
+        (run.path / "lock.json").write_text('{"token": "of another"}', encoding="utf-8")
+        run.write_status("running", 9, None, "of the other")
+        if fails:
+            raise ZeroDivisionError
+    assert run.read_status()["why"] == "of the other"
+    assert run.attempts()[0].status is None
+
+
+def killed_attempt(run: RunDirectory) -> float:
+    """Leave an attempt without an end and its lock behind; gives its last beat."""
+    with RunLock(run.path) as lock:
+        run._begin(lock, 2, [])
+        lock_file = run.path / "lock.json"
+        left = replace(lock.myself, started=5)
+    lock_file.write_text(json.dumps(asdict(left)), encoding="utf-8")
+    beat = time.time() + 50
+    os.utime(lock_file, (beat, beat))
+    return beat
+
+
+def test_an_attempt_without_an_end_was_killed(run):
+    beat = killed_attempt(run)
+    run.write_status("running", 7, None, "saved")
+    with RunLock(run.path) as lock, run.attempt(lock, 1) as number:
+        assert number == 2
+        killed, now = run.attempts()
+    assert (killed.status, killed.end_step, killed.exit_code) == ("killed", 7, None)
+    assert killed.ended == pytest.approx(beat, abs=0.01)
+    assert killed.why == "it could not say why"
+    assert now.status is None
+
+
+def test_what_the_ranks_of_a_killed_attempt_said_last_is_noted(run):
+    killed_attempt(run)
+    run.heartbeats.mkdir()
+    sign = Sign(1, 0, "n1", 5, 5, 1, 9, 0, "backward", 0.0, time.time() + 70, True, "")
+    signs = [
+        sign,
+        replace(sign, rank=1, step=8, why="rank 1 is out of memory", time=time.time() + 90),
+        replace(sign, rank=2, attempt=0, step=99, why="long ago"),  # of an earlier attempt
+    ]
+    for sign in signs:
+        path = run.heartbeats / f"rank-{sign.rank}.json"
+        path.write_text(json.dumps(asdict(sign)), encoding="utf-8")
+    assert run.signs(1) == signs[:2]
+    with RunLock(run.path) as lock, run.attempt(lock, 1):
+        killed = run.attempts()[0]
+    assert killed.end_step == 9
+    assert killed.ended == pytest.approx(signs[1].time)
+    assert killed.why == "rank 1 is out of memory"
+
+
+def test_attempts_of_an_older_dtrain_stay_as_they_are(run):
+    old = {"time": 5.0, "step": 3, "world_size": 2}
+    run.identity_file.write_text(json.dumps({"attempts": [old]}), encoding="utf-8")
+    with RunLock(run.path) as lock, run.attempt(lock, 1):
+        assert run.attempts()[0] == Attempt(**old, allowed=[])
+
+
+def test_the_newest_checkpoint_tells_the_step_saved(run):
+    assert run.step_saved == 0
+    for step in (9, 100, 20):
+        save_step(run, step)
+    assert run.step_saved == 100

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
@@ -25,8 +28,9 @@ from dtrain.distributed import connect
 from dtrain.errors import GiveUpError, UserError
 from dtrain.loss import Objective
 from dtrain.parts import build_plan
-from dtrain.preemption import StopSignal
-from dtrain.start import get_ready
+from dtrain.preemption import Deadline, StopSignal
+from dtrain.start import claimed
+from dtrain.supervision import watched
 
 TIMING = {
     "train/tokens_per_second",
@@ -178,12 +182,21 @@ def most_ragged_step(plan: BatchPlan) -> PlannedStep:
     return max(islice(plan.steps(Cursor()), 60), key=spread)
 
 
+@contextmanager
+def training_on_rank(config: Config) -> Iterator[train.Training]:
+    """All that a training consists of, not yet begun."""
+    with (
+        StopSignal() as stop,
+        connect("cpu", 60) as world,
+        claimed(config, world, stop) as ready,
+        watched(ready, world) as heartbeat,
+    ):
+        yield train.Training(ready, world, stop, Deadline(None), heartbeat)
+
+
 def gradients_of_a_step(config: Config) -> Gradients:
     """Run the first step as training does, and take the gradients instead of the update."""
-    with StopSignal() as stop, connect("cpu", 60) as world:
-        training = train.Training(
-            world.from_main(lambda: get_ready(config, world, stop)), world, stop
-        )
+    with training_on_rank(config) as training:
         training.metrics = train.Metrics.silent()
         training.discarded_backward()
         taken: Gradients = {}
@@ -194,7 +207,7 @@ def gradients_of_a_step(config: Config) -> Gradients:
             return torch.zeros(()), True
 
         training.update = take
-        sampler = DistributedTokenSampler(training.plan, world.size, world.rank)
+        sampler = DistributedTokenSampler(training.plan, training.world.size, training.world.rank)
         planned = most_ragged_step(training.plan)
         batches = [
             (i, collate(training.plan, training.data.train, ids))
@@ -206,10 +219,7 @@ def gradients_of_a_step(config: Config) -> Gradients:
 
 def reference_gradients(config: Config, mean_of_means: bool = False) -> Gradients:
     """The same in float64: one process, whole sentences in padded batches."""
-    with StopSignal() as stop, connect("cpu", 60) as world:
-        training = train.Training(
-            world.from_main(lambda: get_ready(config, world, stop)), world, stop
-        )
+    with training_on_rank(config) as training:
         objective = Objective(training.model.double(), config.loss.label_smoothing)
         planned = most_ragged_step(training.plan)
         for ids in planned.micro_batches:
@@ -320,7 +330,8 @@ def test_a_mistake_in_the_data_is_one_error_on_all_ranks(toy, tmp_path, size):
     assert len(set(messages)) == 1
     assert "a.en" in messages[0]
     assert "a.de" in messages[0]
-    assert not config.run_dir.exists()
+    assert not (config.run_dir / "config.yaml").exists(), "the corrected command begins anew"
+    assert (status_of(config)["status"], status_of(config)["exit_code"]) == ("failed", 2)
 
 
 def test_changed_settings_are_refused_and_named(toy):
@@ -338,7 +349,10 @@ def test_changed_text_is_refused(toy, toy_text, tmp_path):
     pair = f"[{{source: {tmp_path}/new.en, target: {toy_text}/train.de}}]"
     changed = toy("run", data__train=pair, data__dir=tmp_path / "tokens")
     vocabulary = (changed.run_dir / "vocabulary.model").read_bytes()
-    assert "another training text" in run_world(1, refusal, changed)[0]
+    message = run_world(1, refusal, changed)[0]
+    assert re.search(r"another training text \([0-9a-f]{12} -> [0-9a-f]{12}\)", message)
+    assert re.search(r"another vocabulary \([0-9a-f]{12} -> [0-9a-f]{12}\)", message)
+    assert "--allow-changed data" in message
     assert (changed.run_dir / "vocabulary.model").read_bytes() == vocabulary
 
 

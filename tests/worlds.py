@@ -3,13 +3,19 @@
 import multiprocessing
 import os
 import socket
+import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # the first optimizer would import it, for seconds, in every rank anew
+
+from dtrain.peers import process_state
 
 
 def run_world(
@@ -45,6 +51,69 @@ def run_world(
                 process.kill()
 
 
+def run_until_exit(
+    size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = 60,
+    during: Callable[[list[int]], object] = lambda _: None,
+) -> list[tuple[int, str]]:
+    """Run `function(*arguments)` on `size` ranks that may die of it; what it returns is their code.
+
+    It is over when every rank has ended or is stopped; those are then killed. Meanwhile `during`
+    gets their process ids, in rank order.
+
+    Returns:
+        Each rank's exit code, negative for the signal that killed it, and what it wrote to stderr.
+    """
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        stderrs = [Path(folder) / f"rank-{rank}" for rank in range(size)]
+        ranks = [
+            context.Process(
+                target=_die_as_rank, args=(rank, size, port, stderrs[rank], function, arguments)
+            )
+            for rank in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        give_up = time.monotonic() + timeout
+        try:
+            during([process.pid or 0 for process in ranks])
+            while any(process.is_alive() and not _is_stopped(process.pid) for process in ranks):
+                late = [rank for rank in range(size) if ranks[rank].is_alive()]
+                assert time.monotonic() < give_up, f"ranks {late} did not end in {timeout} s"
+                time.sleep(0.05)
+        finally:
+            for process in ranks:
+                process.kill()  # reaches stopped ones too
+                process.join()
+        return [
+            (process.exitcode or 0, path.read_text(encoding="utf-8", errors="replace"))
+            for process, path in zip(ranks, stderrs, strict=True)
+        ]
+
+
+def _die_as_rank(
+    rank: int,
+    size: int,
+    port: int,
+    stderr: Path,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    with stderr.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, closefd=False)
+    _join(rank, size, port)
+    sys.exit(function(*arguments))
+
+
+def _is_stopped(process: int | None) -> bool:
+    return process_state(process or 0)[1] in "Tt"
+
+
 def _be_rank(
     rank: int,
     size: int,
@@ -53,6 +122,15 @@ def _be_rank(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
+    _join(rank, size, port)
+    try:
+        pipe.send(("ok", function(*arguments)))
+    except BaseException:
+        pipe.send(("failed", traceback.format_exc()))
+
+
+def _join(rank: int, size: int, port: int) -> None:
+    """Be one of the ranks, as torchrun would tell it."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -62,10 +140,6 @@ def _be_rank(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    try:
-        pipe.send(("ok", function(*arguments)))
-    except BaseException:
-        pipe.send(("failed", traceback.format_exc()))
 
 
 def _free_port() -> int:

@@ -1,6 +1,7 @@
 """`dtrain average`: average the last checkpoints' weights, which often translate better."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from dtrain.commands.translate import positive
@@ -27,7 +28,33 @@ def main(arguments: argparse.Namespace) -> int:
             f"--last {arguments.last}: {folder} has only {len(saved)}; a larger "
             f"checkpoint.keep_last keeps more"
         )
-    name = checkpoint.average(folder, saved)
+    name = average(folder, saved)
     print(f"averaged {', '.join(path.name for path in reversed(saved))}")
     print(f"use it: dtrain evaluate {arguments.run} --checkpoint {name}")
     return 0
+
+
+def average(folder: Path, checkpoints: Sequence[Path]) -> str:
+    """Write the mean of some checkpoints' weights as another checkpoint; gives its name.
+
+    Raises:
+        CheckpointError: if one of them is damaged.
+    """
+    import torch
+
+    from dtrain.checkpoint import MODEL, CheckpointError, read_state, verify, write
+    from dtrain.weights import read_file
+
+    for path in checkpoints:
+        problem = verify(path)
+        if problem:
+            raise CheckpointError(f"checkpoint {path}: {problem}")
+    sums: dict[str, torch.Tensor] = {}
+    for path in checkpoints:
+        for key, tensor in read_file(path / MODEL).items():
+            sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64)) + tensor.double()
+    mean = {key: (total / len(checkpoints)).float() for key, total in sums.items()}
+    step = read_state(checkpoints[0])["step"]
+    name = f"average-{step:010d}-of-{len(checkpoints)}"
+    write(folder, name, {MODEL: mean}, {"step": step, "averaged": [c.name for c in checkpoints]})
+    return name
