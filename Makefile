@@ -5,6 +5,7 @@
 #   make TORCH_INDEX=URL               a package index with PyTorch's CPU builds, for a Linux machine
 #                                      without NVIDIA GPU (PyTorch's install page names one)
 #   make test ARGS="-k attention"      hands pytest more arguments
+#   make chaos MINUTES=30              disturbs trainings for so long
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -12,10 +13,11 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX ?=
+MINUTES ?= 30
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast check fix clean .venv
+.PHONY: help demo test test-fast test-all chaos check fix clean .venv
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -23,18 +25,24 @@ help: ## say what there is to make
 demo: .venv ## train a small Transformer on the spot and translate with it, in some minutes
 	@demo/run.sh
 
-test: .venv ## run all tests
-	.venv/bin/python -m pytest $(ARGS)
+test: .venv ## run the tests: a few cases of each promise
+	.venv/bin/python -m pytest -m "not exhaustive" $(ARGS)
 
 test-fast: .venv ## run the tests that take seconds
-	.venv/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+	.venv/bin/python -m pytest -m "not slow and not gpu and not exhaustive" $(ARGS)
+
+test-all: .venv ## run all tests, every case of each promise
+	.venv/bin/python -m pytest $(ARGS)
+
+chaos: .venv ## disturb trainings at random, for half an hour; all must end as if left alone
+	.venv/bin/python tests/chaos.py --minutes $(MINUTES)
 
 check: .venv ## look for what the formatter, the linters and the type checker would change
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	@PATH="$(CURDIR)/.venv/bin:$$PATH"; if command -v shellcheck >/dev/null; then \
-		echo shellcheck && shellcheck .ci/run demo/run.sh launch/*; \
+		echo shellcheck && shellcheck -x .ci/run demo/run.sh launch/* tests/slurm/install; \
 	else echo "shellcheck is not installed: the shell scripts were not checked"; fi
 
 fix: .venv ## let the formatter and the linter change what they can

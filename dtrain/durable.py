@@ -18,7 +18,7 @@ def write_json(path: Path, value: object) -> None:
     """Write JSON so that readers see the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        temporary.write_bytes(to_json(value))
+        write_file(temporary, [to_json(value)])
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

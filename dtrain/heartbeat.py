@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from dtrain.peers import Peers, Sign, process_state
+from dtrain.peers import Peer, Peers, Sign, process_state
 from dtrain.rank_log import RankLog
 
 BEAT_SECONDS = 1.0
@@ -28,6 +28,7 @@ RECORD_BYTES = 4096
 PHASE_CHARACTERS = 64
 REASON_CHARACTERS = 1000
 SILENCE_SECONDS = 3.0
+LONG_SILENCE_SECONDS = 30.0  # of a rank on another machine, whose files may come late
 ENDING_SECONDS = 10.0
 NUM_NAMED = 3
 STDERR = 2
@@ -37,11 +38,11 @@ class Heartbeat:
     """Show where this rank is, watch whether the ranks move, and end this process if they do not.
 
     A context manager. A rank is stuck if neither it nor any other rank has moved for `timeout`
-    seconds. Then it writes one message, naming who is to blame, and all its threads' stacks to
-    stderr and to its log, calls `on_stuck`, and leaves with exit code 1. The main thread may wait
-    in C meanwhile, for a device or the network. A rank whose interpreter itself is blocked cannot
-    do that; it falls silent, and the others name it. Time in which this process was suspended does
-    not count.
+    seconds, or if it waits and another rank is dead. Then it writes one message, naming who is to
+    blame, and all its threads' stacks to stderr and to its log, calls `on_stuck`, and leaves with
+    exit code 1. The main thread may wait in C meanwhile, for a device or the network. A rank whose
+    interpreter itself is blocked cannot do that; it falls silent, and the others name it. Time in
+    which this process was suspended does not count.
 
     Args:
         folder: `RUN/heartbeats`, made if it is not there.
@@ -159,12 +160,23 @@ class Heartbeat:
             now: on the clock by which they were seen.
             still: seconds since this rank moved.
         """
-        failure = peers.failure()
+        failure = peers.failure() or _sentence(
+            peer.describe(now) for peer in self._dead(peers, now)
+        )
         if failure and not self._why and still >= SILENCE_SECONDS:
             self._end(f"waited {still:.0f} s for others; {failure}", failure)
         elif still >= self.timeout and now - peers.moved >= self.timeout:
             blame = self._blame(peers, now)
             self._end(f"nothing has moved for {still:.0f} s; {blame}", blame)
+
+    def _dead(self, peers: Peers, now: float) -> list[Peer]:
+        """List ranks that cannot come back: their process is gone, or nothing was heard for long.
+
+        One that is stopped, or whose interpreter is blocked, has until the time-out.
+        """
+        gone = [p for p in peers.silent(now, SILENCE_SECONDS) if p.state == "gone"]
+        lost = peers.silent(now, LONG_SILENCE_SECONDS + self._interval)
+        return [*gone, *(peer for peer in lost if peer.state == "silent")]
 
     def _blame(self, peers: Peers, now: float) -> str:
         """Say who is to blame for a standstill: the silent, those behind, or nobody."""

@@ -14,6 +14,7 @@ import torch
 
 from dtrain import checkpoint
 from dtrain.config import Config
+from dtrain.cursors import CURSORS
 from dtrain.data.plan import BatchPlan
 from dtrain.data.preparation import is_prepared, num_cores, prepared_directory
 from dtrain.data.store import PreparedData
@@ -150,11 +151,13 @@ def get_ready(
         other = RunDirectory.existing(Path(config.run.init_from))
         weights_from = checkpoint.choose(other.checkpoints, "best")
     run.claim(config, data.vocabulary)
+    if {"data", "plan"} & set(allowed):
+        (run.path / CURSORS).unlink(missing_ok=True)  # they belong to the plan before
     return Ready(config, data_dir, resume_from, weights_from, notices)
 
 
 def check_world(config: Config, world: World) -> None:
-    """Refuse more ranks than there is work for.
+    """Refuse more ranks than there is work for, or a number that cannot be a tree.
 
     Raises:
         UserError: naming what would work.
@@ -166,6 +169,12 @@ def check_world(config: Config, world: World) -> None:
             f"{count}, or set batch.tokens_per_micro_batch to "
             f"{config.batch.tokens_per_step // world.size} or less, a divisor of "
             f"batch.tokens_per_step {config.batch.tokens_per_step}"
+        )
+    if config.distributed.reduction == "tree" and world.size & (world.size - 1):
+        nearest = 2 ** (world.size.bit_length() - 1)
+        raise UserError(
+            f"distributed.reduction tree needs 1, 2, 4, 8, ... ranks, not {world.size}; start "
+            f"{nearest}, or use --distributed.reduction=ddp"
         )
 
 

@@ -24,7 +24,7 @@ from dtrain.batch import Batch
 from dtrain.config import Config
 from dtrain.cursors import CURSORS, Cursors
 from dtrain.data.loader import LoadedStep, Loader
-from dtrain.data.plan import DistributedTokenSampler
+from dtrain.data.plan import Cursor, DistributedTokenSampler
 from dtrain.data.store import PreparedData
 from dtrain.distributed import World, connect
 from dtrain.errors import GiveUpError, shown_to_user
@@ -118,7 +118,10 @@ class Training:
             checkpoint.load_module(self.model, path / checkpoint.MODEL)
             checkpoint.load_optimizer(self.optimizer, self.model, path / checkpoint.OPTIMIZER)
             self.scaler.load_state_dict(state["scaler"])
-            return Progress.from_json(state["progress"])
+            progress = Progress.from_json(state["progress"])
+            if progress.cursor.window >= self.plan.num_windows:  # of a plan that might change
+                progress.cursor = Cursor(progress.cursor.epoch + 1)
+            return progress
         if self.ready.weights_from is not None:
             checkpoint.load_module(self.model, self.ready.weights_from / checkpoint.MODEL)
         return Progress()
@@ -260,7 +263,7 @@ class Training:
         """Agree with all ranks, validate, save; says whether to leave."""
         settings, step = self.config, self.progress.step
         if self.ready.is_lost:
-            raise RuntimeError(
+            raise GiveUpError(
                 f"another training has taken {self.directory.path} over, so this one ends"
             )
         minutes = settings.checkpoint.every_minutes

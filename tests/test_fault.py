@@ -32,7 +32,7 @@ def heard():
             "in_prune",
             7,
             True,
-        ),  # fmt: skip
+        ),
     ],
 )
 def test_a_signal_strikes_its_rank_step_and_point(

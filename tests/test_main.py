@@ -15,11 +15,14 @@ HEAVY = ("datasets", "matplotlib", "sacrebleu", "sentencepiece", "torch", "wandb
 
 FLAGS = {
     "prepare": ["--config"],
-    "train": ["--config", "--print-config", "--run.seed", "--wandb.mode", "--precision"],
+    "train": ["--config", "--print-config", "--allow-changed", "--run.seed", "--precision"],
     "translate": ["RUN", "--checkpoint", "--beam-size", "--length-penalty", "--device"],
     "evaluate": ["RUN", "--checkpoint", "--beam-size", "--split", "--json", "--device"],
     "average": ["RUN", "--last"],
     "status": ["RUN", "--json", "--verdict"],
+    "verify": ["RUN"],
+    "inspect": ["RUN", "--step", "--micro-batch", "--checkpoint", "--text", "--json", "--device"],
+    "submit": ["--config", "--nodes", "--time", "--dry-run"],
     "schedule": ["CONFIG", "--out"],
 }
 

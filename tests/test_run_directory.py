@@ -48,6 +48,10 @@ def test_it_may_go_on_with_what_is_free_to_change(run, toy, vocabulary):
     assert run.config == longer
 
 
+def test_a_text_that_is_left_out_is_no_changed_setting(run, toy):
+    run.check(toy(data__test="null", data__train="[]"))
+
+
 def test_it_may_not_go_on_with_other_settings(run, toy):
     with pytest.raises(UserError) as caught:
         run.check(toy(run__seed=5, batch__tokens_per_step=256))

@@ -98,13 +98,10 @@ class Job:
 
     def start_again(self) -> None:
         """Start the requeued job at once; SLURM would let it wait for two minutes."""
-
-        def asked() -> bool:  # more than once: SLURM sets the wait a moment after the state
-            if self.state()[0] == "PENDING":
-                self.slurm.command("scontrol", "update", f"JobId={self.number}", "StartTime=now")
-            return self.state()[0] == "RUNNING"
-
-        self.wait(asked)
+        # Before it says so it is still busy with the attempt before.
+        self.wait(lambda: self.slurm.job(self.number)["Reason"] == "BeginTime")
+        self.slurm.command("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        self.wait(lambda: self.state()[0] == "RUNNING")
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def test_told_to_stop_it_saves_and_the_same_command_goes_on_to_the_end(start, tm
 def test_a_mistake_is_one_message_and_no_traceback(start, tmp_path, arguments, message):
     process = start(*arguments, f"--data.dir={tmp_path}/tokens")
     assert_refused(process, message)
-    assert not (tmp_path / "toy").exists()
+    assert not (tmp_path / "toy" / "config.yaml").exists(), "the corrected command begins anew"
 
 
 def test_the_message_comes_through_when_rank_0_is_the_slowest(start, tmp_path):
