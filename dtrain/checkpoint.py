@@ -120,9 +120,7 @@ def write(
 def note_judgement(checkpoint: Path, score: float, progress: Mapping[str, Any]) -> None:
     """Add to a checkpoint how its model was judged afterwards, and the counts after that."""
     facts = {"score": score, "progress": progress}
-    temporary = checkpoint / f".{JUDGEMENT}"
-    write_file(temporary, [to_json(facts | {"sha256": _fingerprint(facts)})])
-    temporary.replace(checkpoint / JUDGEMENT)
+    write_json(checkpoint / JUDGEMENT, facts | {"sha256": _fingerprint(facts)})
 
 
 def score(checkpoint: Path) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dtrain import checkpoint
 from dtrain.checkpoint import CheckpointError, checkpoint_name
+from dtrain.weights import memory
 
 MOST_FAILURES = 3
 """So many saves in a row may fail before the run ends."""
@@ -193,7 +194,10 @@ class Staging:
                 if name not in buffers:
                     shape, kind, on_gpu = tensor.shape, tensor.dtype, tensor.is_cuda
                     buffers[name] = torch.empty(shape, dtype=kind, pin_memory=on_gpu)
-                buffers[name].copy_(tensor, non_blocking=True)
+                if tensor.is_cpu:  # without torch's threads: they would wait for each other
+                    memory(buffers[name])[:] = memory(tensor)
+                else:
+                    buffers[name].copy_(tensor, non_blocking=True)
         devices = {tensor.device for named in tensors.values() for tensor in named.values()}
         for device in devices - {torch.device("cpu")}:
             torch.cuda.synchronize(device)

@@ -44,8 +44,12 @@ def file_content(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
+        yield memory(tensor.cpu())
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """Give the bytes of a CPU's tensor, in order; its own memory if that is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

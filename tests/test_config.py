@@ -84,6 +84,20 @@ def test_mistakes_are_refused_with_their_name(config_file, override, message):
         load_config(config_file, [override])
 
 
+def test_a_tree_needs_a_power_of_two_of_micro_batches(config_file):
+    sizes = ["--batch.tokens_per_step=1536", "--batch.tokens_per_micro_batch=256"]
+    assert load_config(config_file, sizes).distributed.reduction == "ddp"
+    with pytest.raises(UserError, match=r"not 6; set batch\.tokens_per_step to 1024 or 2048"):
+        load_config(config_file, [*sizes, "--distributed.reduction=tree"])
+
+
+@pytest.mark.parametrize("limit", ["90", "01:30:00", "1-00:00:00"])
+def test_a_time_limit_is_seconds_or_a_clock(config_file, limit):
+    load_config(config_file, [f"--run.time_limit={limit}"])
+    with pytest.raises(UserError, match=r"run.time_limit: .* is no time limit"):
+        load_config(config_file, [f"--run.time_limit={limit}x"])
+
+
 def test_mistakes_in_the_file_name_the_file(tmp_path):
     with pytest.raises(UserError, match=r"there is no config file .*none.yaml"):
         load_config(tmp_path / "none.yaml")

@@ -57,12 +57,11 @@ def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "status.json"
     durable.write_json(path, {"step": 1})
 
-    def full(self: Path, _: bytes) -> int:
-        self.touch()
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             durable.write_json(path, {"step": 2})
     assert json.loads(path.read_text(encoding="utf-8")) == {"step": 1}

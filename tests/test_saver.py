@@ -466,7 +466,7 @@ def test_a_score_that_cannot_be_noted_is_said(saver, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         its.wait()
-        monkeypatch.setattr(checkpoint, "write_file", full)
+        monkeypatch.setattr(checkpoint, "write_json", full)
         its.note_judgement(1, 1.0, {})
         its.wait()
     (message,) = saver.said

@@ -197,6 +197,13 @@ def test_more_ranks_than_micro_batches_are_refused_with_what_works(toy):
     assert not toy("wide").run_dir.exists()
 
 
+def test_a_tree_of_three_ranks_is_refused_with_what_works(toy):
+    config = toy(distributed__reduction="tree")
+    assert make_ready(config, world_of(4, 4)).config.distributed.reduction == "tree"
+    with pytest.raises(UserError, match=r"needs 1, 2, 4, 8, ... ranks, not 3; start 2, or use"):
+        make_ready(config, world_of(3, 3))
+
+
 def tuned(toy, base, tmp_path):
     """Settings of a run that starts from another's weights, its tokens prepared."""
     config = toy("tuned", run__init_from=base, data__dir=tmp_path / "tokens")

@@ -113,9 +113,10 @@ def test_more_ranks_and_several_buckets_go_on_bit_for_bit(toy, size):
 
 @pytest.mark.slow
 def test_another_seed_is_another_run(toy):
-    first, other = toy("first"), toy("other", run__seed=2)
-    run_world(1, run, first)
-    run_world(1, run, other)
+    first, again, other = toy("first"), toy("again"), toy("other", run__seed=2)
+    for config in (first, again, other):
+        run_world(1, run, config)
+    assert last_weights(first) == last_weights(again)
     assert last_weights(first) != last_weights(other)
 
 
@@ -142,6 +143,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(toy):
     run_world(2, run, moved)
     for ours, theirs in zip(metrics_of(moved), metrics_of(straight), strict=True):
         assert ours["tokens"] == theirs["tokens"]
+        assert ours["train/learning_rate"] == theirs["train/learning_rate"]
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
 
 

@@ -10,20 +10,21 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parent.parent.parent
-NODES = ("dtrain1", "dtrain2")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "setpriv")
 FREEZER = Path("/sys/fs/cgroup/freezer")
+SIZE = "CPUs=16 RealMemory=64000"
+"""What a node pretends to have."""
 GRACE = 20
 """Seconds from a preemption's first signal to the end of the job."""
 
 CONFIGURATION = """\
 ClusterName=dtrain
-SlurmctldHost={host}({network}.1)
+SlurmctldHost={host}({controller})
 SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
@@ -88,7 +89,8 @@ def what_is_missing() -> str:
 class Cluster:
     """A running SLURM: what its users' commands say and do."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nodes: Sequence[str]) -> None:
+        self.nodes = nodes
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def command(self, *words: object) -> str:
@@ -116,9 +118,11 @@ def cluster() -> Iterator[Cluster]:
     """Start a SLURM, and stop it with all of its jobs."""
     folder = Path(tempfile.mkdtemp(prefix="dtrain-slurm-"))
     folder.chmod(0o755)  # munged refuses a folder that not everybody can enter
-    tag = os.getpid() % 250 + 1
-    bridge, network = f"dtrain{tag}", f"10.254.{tag}"
-    configure(folder, network, port=21000 + tag)
+    # Names by process, so that tests can run at the same time; the network's needs a small number.
+    name, number = f"dtrain{os.getpid()}", os.getpid() % 250 + 1
+    network = f"10.254.{number}"
+    nodes = {f"{name}n{i}": f"{network}.{10 + i}" for i in (1, 2)}
+    configure(folder, nodes, f"{network}.1", port=21000 + number)
     running: list[subprocess.Popen[bytes]] = []
 
     def start(name: str, *words: object) -> int:
@@ -135,53 +139,47 @@ def cluster() -> Iterator[Cluster]:
         return process.pid
 
     try:
-        ip("link", "del", bridge, check=False)  # of tests that were killed
-        end_stragglers()
-        ip("link", "add", bridge, "type", "bridge")
-        ip("addr", "add", f"{network}.1/24", "dev", bridge)
-        ip("link", "set", bridge, "up")
+        ip("link", "add", name, "type", "bridge")
+        ip("addr", "add", f"{network}.1/24", "dev", name)
+        ip("link", "set", name, "up")
         munge = {
-            name: f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")
+            kind: f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")
         }
         socket_file = folder / "munge.socket"
         start("munged", "munged", "--foreground", f"--socket={socket_file}", *munge.values())
         wait_until(socket_file.exists, 10, "munged", folder)
         start("slurmctld", "slurmctld", "-D", "-c", "-f", folder / "slurm.conf")
-        for number, node in enumerate(NODES, 1):
+        for node, address in nodes.items():
             spaces = ["--net", "--uts", "--ipc", "--mount", "--pid", "--mount-proc"]
-            inside = ["bash", "-c", NODE, "node", node, folder, f"{network}.{10 + number}"]
+            inside = ["bash", "-c", NODE, "node", node, folder, address]
             pid = start(node, "unshare", *spaces, "--fork", "--kill-child", *inside)
             wait_until(lambda pid=pid: has_own_network(pid), 10, node, folder)
-            wire = f"{bridge}n{number}"
-            ip("link", "add", wire, "type", "veth", "peer", "name", "eth0", "netns", pid)
-            ip("link", "set", wire, "master", bridge, "up")
-        slurm = Cluster(folder)
+            ip("link", "add", node, "type", "veth", "peer", "name", "eth0", "netns", pid)
+            ip("link", "set", node, "master", name, "up")
+        slurm = Cluster(folder, list(nodes))
         wait_until(lambda: is_idle(slurm), 30, "the cluster", folder)
         yield slurm
     finally:
         for process in reversed(running):
             process.kill()  # of a node: its first process, which takes all others with it
             process.wait()
-        end_stragglers()
-        for number in range(1, len(NODES) + 1):
-            ip("link", "del", f"{bridge}n{number}", check=False)
-        ip("link", "del", bridge, check=False)
+        for node in nodes:
+            ip("link", "del", node, check=False)
+            remove_group(FREEZER / f"slurm_{node}")
+        ip("link", "del", name, check=False)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def configure(folder: Path, network: str, port: int) -> None:
+def configure(folder: Path, nodes: dict[str, str], controller: str, port: int) -> None:
     """Write all that the daemons read, into their folder."""
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
     (folder / "state").mkdir()
-    hosts = {"localhost": "127.0.0.1"}
-    nodes = []
-    for number, node in enumerate(NODES, 1):
+    for node in nodes:
         (folder / f"spool-{node}").mkdir()
-        hosts[node] = f"{network}.{10 + number}"
-        nodes.append(f"NodeName={node} NodeAddr={hosts[node]} CPUs=16 RealMemory=64000")
-    lines = [f"{address} {name}\n" for name, address in hosts.items()]
-    (folder / "hosts").write_text("".join(lines), encoding="utf-8")
+    names = {"localhost": "127.0.0.1"} | nodes
+    hosts = "".join(f"{address} {name}\n" for name, address in names.items())
+    (folder / "hosts").write_text(hosts, encoding="utf-8")
     # With cgroups (of version 1) signals reach what they reach on a real cluster: a task's own
     # process alone. Otherwise SLURM follows the tree of processes, and signals reach all of it.
     tracking = "linuxproc"
@@ -191,11 +189,11 @@ def configure(folder: Path, network: str, port: int) -> None:
         (folder / "cgroup.conf").write_text("\n".join(lines) + "\n", encoding="utf-8")
     configuration = CONFIGURATION.format(
         host=socket.gethostname().split(".")[0],
-        network=network,
+        controller=controller,
         port=port,
         folder=folder,
         tracking=tracking,
-        nodes="\n".join(nodes),
+        nodes="\n".join(f"NodeName={name} NodeAddr={nodes[name]} {SIZE}" for name in nodes),
         grace=GRACE,
     )
     (folder / "slurm.conf").write_text(configuration, encoding="utf-8")
@@ -217,23 +215,17 @@ def is_idle(slurm: Cluster) -> bool:
     answer = subprocess.run(
         words, env=slurm.environment, capture_output=True, text=True, check=False
     )
-    return answer.stdout.strip() == f"{len(NODES)} idle"
+    return answer.stdout.strip() == f"{len(slurm.nodes)} idle"
 
 
-def end_stragglers() -> None:
-    """Kill what is left in the jobs' control groups, which is the jobs', and remove the groups."""
-    for node in NODES:
-        for _ in range(50):
-            group = FREEZER / f"slurm_{node}"
-            if not group.exists():
-                break
-            for file in group.rglob("cgroup.procs"):
-                for pid in file.read_text(encoding="utf-8").split():
-                    subprocess.run(["kill", "-KILL", pid], capture_output=True, check=False)
-            folders = sorted([group, *(p for p in group.rglob("*") if p.is_dir())], reverse=True)
-            for folder in folders:
-                subprocess.run(["rmdir", folder], capture_output=True, check=False)
-            time.sleep(0.05)
+def remove_group(group: Path) -> None:
+    """Remove a node's control groups, which empty as its processes end."""
+    deadline = time.monotonic() + 10
+    while group.exists() and time.monotonic() < deadline:
+        folders = [group, *(path for path in group.rglob("*") if path.is_dir())]
+        for folder in sorted(folders, reverse=True):
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def wait_until(done: Callable[[], bool], seconds: float, what: str, folder: Path) -> None:
