@@ -66,23 +66,26 @@ wait
 """
 """What the first process of a node does: NAME FOLDER ADDRESS. It reaps, and ends with slurmd."""
 
-os.environ["PATH"] += ":/usr/sbin:/sbin"
+ENVIRONMENT = os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
 
 def what_is_missing() -> str:
     """Say why there can be no SLURM here; empty if there can."""
     if os.geteuid() != 0:
         return "only root can make the nodes' namespaces"
-    if os.environ.get("DTRAIN_TEST_SLURM") == "install" and not shutil.which("slurmctld"):
+
+    def missing() -> list[str]:
+        return [name for name in PROGRAMS if not shutil.which(name, path=ENVIRONMENT["PATH"])]
+
+    if missing() and os.environ.get("DTRAIN_TEST_SLURM") == "install":
         subprocess.run([Path(__file__).with_name("install")], check=True, timeout=300)
-    missing = [program for program in PROGRAMS if not shutil.which(program)]
-    if missing:
-        return (
-            f"{', '.join(missing)} not installed: tests/slurm/install, or DTRAIN_TEST_SLURM=install"
-        )
-    spaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "true"]
-    if subprocess.run(spaces, capture_output=True, check=False).returncode:
-        return "this machine does not let root make namespaces"
+    if missing():
+        names = ", ".join(missing())
+        return f"{names} not installed; tests/slurm/install does it, or DTRAIN_TEST_SLURM=install"
+    network = "ip link add name n1 type bridge && ip link add name n2 type veth peer name n3"
+    spaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork"]
+    if not succeeds(*spaces, "sh", "-c", network):
+        return "this machine does not let root make namespaces and bridges"
     return ""
 
 
@@ -91,7 +94,7 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: Sequence[str]) -> None:
         self.nodes = nodes
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = ENVIRONMENT | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def command(self, *words: object) -> str:
         """Run one of SLURM's commands in the checkout; gives what it printed."""
@@ -130,6 +133,7 @@ def cluster() -> Iterator[Cluster]:
         with (folder / f"{name}.out").open("wb") as output:
             process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *map(str, words)],
+                env=ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -164,9 +168,9 @@ def cluster() -> Iterator[Cluster]:
             process.kill()  # of a node: its first process, which takes all others with it
             process.wait()
         for node in nodes:
-            ip("link", "del", node, check=False)
+            succeeds("ip", "link", "del", node)  # it may be gone with its node
             remove_group(FREEZER / f"slurm_{node}")
-        ip("link", "del", name, check=False)
+        succeeds("ip", "link", "del", name)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -199,9 +203,15 @@ def configure(folder: Path, nodes: dict[str, str], controller: str, port: int) -
     (folder / "slurm.conf").write_text(configuration, encoding="utf-8")
 
 
-def ip(*words: object, check: bool = True) -> None:
+def ip(*words: object) -> None:
     """Change the network."""
-    subprocess.run(["ip", *map(str, words)], capture_output=True, check=check)
+    assert succeeds("ip", *words), words
+
+
+def succeeds(*words: object) -> bool:
+    """Run a command; says whether it went well."""
+    command = list(map(str, words))
+    return not subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=False).returncode
 
 
 def has_own_network(pid: int) -> bool:
@@ -211,11 +221,11 @@ def has_own_network(pid: int) -> bool:
 
 def is_idle(slurm: Cluster) -> bool:
     """Whether all nodes have reported to the controller."""
-    words = ["sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D %T"]
-    answer = subprocess.run(
-        words, env=slurm.environment, capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() == f"{len(slurm.nodes)} idle"
+    try:
+        found = slurm.command("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D %T")
+    except AssertionError:
+        return False
+    return found == f"{len(slurm.nodes)} idle"
 
 
 def remove_group(group: Path) -> None:
