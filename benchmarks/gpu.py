@@ -48,9 +48,11 @@ try:
     from dtrain.config import Config
     from dtrain.data.preparation import num_cores, prepare
     from dtrain.data.store import PreparedData
+    from dtrain.learner import Learner
     from dtrain.loss import Objective
     from dtrain.model.settings import ModelSettings
     from dtrain.parts import memory_gib, seed_position
+    from dtrain.reduction import DdpReduction
 except ModuleNotFoundError as missing:
     sys.exit(f"benchmarks/gpu.py needs the Python package {missing.name}, which is not here")
 
@@ -193,11 +195,12 @@ def gradients(config: Config, in_float64: bool = False) -> Gradients:
     """Run the trainer's forward and backward over the plan's first micro-batch."""
     torch._dynamo.reset()
     with open_training(config) as (training, loader):
+        learner = training.learner
         if in_float64:
-            training.model.double()
+            learner.model.double()
         _, batch = next(iter(loader)).micro_batches[0]
-        loss, _ = training.backward(batch, 1 / batch.num_tokens).tolist()
-        named = training.model.named_parameters()
+        loss, _ = learner.backward(batch, 1 / batch.num_tokens).tolist()
+        named = learner.model.named_parameters()
         return Gradients(
             loss / batch.num_tokens,
             {name: p.grad.detach().double().cpu() for name, p in named if p.grad is not None},
@@ -269,21 +272,22 @@ def world_of_one(task: Task) -> Iterator[Row]:
         yield {"what": "agreement", "right": agreed}
 
         _, batch = next(iter(loader)).micro_batches[0]
-        alone = gradients_of(training, batch)
-        training.objective = world.wrap(training.objective)
-        reduced = gradients_of(training, batch)
+        learner = training.learner
+        alone = gradients_of(learner, batch)
+        learner.reduction = DdpReduction(world, learner.reduction.objective)
+        reduced = gradients_of(learner, batch)
         equal = all(torch.equal(reduced[name], gradient) for name, gradient in alone.items())
         yield {"what": "gradients through DistributedDataParallel", "right": equal}
     if not (same and agreed and equal):
         raise CheckFailedError("a collective changed what it should have left alone")
 
 
-def gradients_of(training: train.Training, batch: Batch) -> dict[str, Tensor]:
+def gradients_of(learner: Learner, batch: Batch) -> dict[str, Tensor]:
     """Give each parameter's gradient over a micro-batch, dropout included."""
-    training.optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.zero_grad(set_to_none=True)
     seed_position(1, 1, 0)
-    training.backward(batch, 1 / batch.num_tokens)
-    named = training.model.named_parameters()
+    learner.backward(batch, 1 / batch.num_tokens)
+    named = learner.model.named_parameters()
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
@@ -362,7 +366,7 @@ def speed_row(task: Task, config: Config, ceiling: float) -> Row:
             return done, source, target, time.perf_counter() - begun
 
         begun = time.perf_counter()
-        training.discarded_backward()
+        training.rehearse()
         synchronize(training.world.device)
         discarded = time.perf_counter() - begun
         *_, first = run(1, 1)

@@ -115,7 +115,7 @@ def trainer_steps(config: Config) -> Iterator[Step]:
     with open_training(config) as (training, loader):
         metrics = training.metrics = LastLoss()
         slots = training.plan.source_slots, training.plan.target_slots
-        training.discarded_backward()
+        training.rehearse()
         for step in loader:
             training.train_step(step, time.perf_counter())
             tokens = step.plan.num_source_tokens, step.plan.num_target_tokens

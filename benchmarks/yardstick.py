@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,9 @@ from dtrain.data.preparation import num_cores
 from dtrain.distributed import connect
 from dtrain.metrics import Metrics
 from dtrain.model.settings import ModelSettings
-from dtrain.preemption import StopSignal
-from dtrain.start import get_ready
+from dtrain.preemption import Deadline, StopSignal
+from dtrain.start import claimed
+from dtrain.supervision import watched
 from dtrain.train import Training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,11 +99,15 @@ def open_training(config: Config) -> Iterator[tuple[Training, Loader]]:
     with (
         tempfile.TemporaryDirectory() as folder,
         StopSignal() as stop,
-        connect(config.run.device, config.distributed.timeout) as world,
+        connect(config.run.device, config.distributed.first_step_timeout) as world,
+        ExitStack() as claims,
     ):
         run = config.run.model_copy(update={"dir": folder})
         config = config.model_copy(update={"run": run})
-        training = Training(world.from_main(lambda: get_ready(config, world, stop)), world, stop)
+        ready = claims.enter_context(claimed(config, world, stop))
+        assert ready is not None, "stopped by a signal"
+        heartbeat = claims.enter_context(watched(ready, world))
+        training = Training(ready, world, stop, Deadline(None), heartbeat)
         training.metrics = Metrics.silent()
         sampler = DistributedTokenSampler(training.plan, world.size, world.rank)
         on_gpu = world.device.type == "cuda"

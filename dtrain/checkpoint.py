@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtrain.durable import delete, replace_directory, sha256, sync_directory, to_json, write_file
-from dtrain.durable import write_json as write_json
+from dtrain.durable import (
+    delete,
+    replace_directory,
+    sha256,
+    sync_directory,
+    to_json,
+    write_file,
+    write_json,
+)
 from dtrain.errors import UserError
 from dtrain.fault import strike
 from dtrain.weights import file_content, moments
-from dtrain.weights import load_module as load_module
-from dtrain.weights import load_optimizer as load_optimizer
-from dtrain.weights import load_part as load_part
-from dtrain.weights import save_module as save_module
-from dtrain.weights import save_optimizer as save_optimizer
-from dtrain.weights import save_part as save_part
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"

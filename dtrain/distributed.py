@@ -28,8 +28,8 @@ if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
 
 MEETING_SECONDS = 0.02
 SECONDS_TO_LEAVE = 10.0
-HEARTBEAT_SECONDS = 5.0
-HEARTBEATS_MISSED = 12  # after a minute without a sign of rank 0 the others give up
+HEARTBEAT_SECONDS = 2.5
+HEARTBEATS_MISSED = 10  # then the others give rank 0 up
 
 
 @dataclass(frozen=True)
@@ -208,19 +208,40 @@ class World:
         return int(self.store.add(f"calls/{self.rank}", 1))
 
     def _wait_for(self, key: str) -> None:
-        last_beat, missed = -1, 0
-        while missed < HEARTBEATS_MISSED:
-            try:
-                self.store.wait([key], timedelta(seconds=HEARTBEAT_SECONDS))
-                return
-            except dist.DistStoreError:
-                beat = self.store.add("heartbeat", 0)
-                missed = 0 if beat != last_beat else missed + 1
-                last_beat = beat
-        raise RuntimeError(
-            f"rank {self.rank}: rank 0 gave no sign of life for "
-            f"{HEARTBEATS_MISSED * HEARTBEAT_SECONDS:.0f} s while preparing"
-        )
+        """Wait until rank 0 has set a key, for as long as its heart beats.
+
+        A thread asks the store, since a store whose process is stopped never answers.
+        """
+        heard, done = _Heard(), threading.Event()
+
+        def ask() -> None:
+            while not done.is_set():
+                try:
+                    self.store.wait([key], timedelta(seconds=HEARTBEAT_SECONDS))
+                    done.set()
+                except dist.DistStoreError:
+                    heard.note(self.store.add("heartbeat", 0))
+
+        threading.Thread(target=ask, daemon=True, name="waiting for rank 0").start()
+        while not done.wait(MEETING_SECONDS):
+            silence = time.monotonic() - heard.at
+            if silence > HEARTBEAT_SECONDS * HEARTBEATS_MISSED:
+                done.set()
+                raise RuntimeError(
+                    f"rank {self.rank}: rank 0 gave no sign of life for {silence:.0f} s while it "
+                    f"got the run ready: its process is stopped, or its machine is gone"
+                )
+
+
+class _Heard:
+    """When the heart of rank 0 was heard last."""
+
+    def __init__(self) -> None:
+        self.beat, self.at = -1, time.monotonic()
+
+    def note(self, beat: int) -> None:
+        if beat != self.beat:
+            self.beat, self.at = beat, time.monotonic()
 
 
 @contextmanager

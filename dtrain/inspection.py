@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dtrain import checkpoint, cursors
+from dtrain import checkpoint, cursors, weights
 from dtrain.config import Config
 from dtrain.data.plan import BatchPlan, PlannedStep
 from dtrain.data.preparation import is_prepared, prepared_directory
@@ -200,5 +200,5 @@ def load_weights(config: Config, vocabulary: Vocabulary, path: Path | None) -> T
         other = RunDirectory.existing(Path(config.run.init_from))
         path = checkpoint.choose(other.checkpoints, "best")
     if path is not None:
-        checkpoint.load_module(model, path / checkpoint.MODEL)
+        weights.load_module(model, path / checkpoint.MODEL)
     return model

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from dtrain import checkpoint
+from dtrain import checkpoint, weights
 from dtrain.config import Config
 from dtrain.data.plan import BatchPlan, mix64, source_slots
 from dtrain.data.store import PreparedData
@@ -42,7 +42,7 @@ def trained_model(run: Path, wanted: str) -> tuple[Transformer, Config, Vocabula
     config, vocabulary = directory.config, Vocabulary.load(run)
     path = checkpoint.choose(directory.checkpoints, wanted)
     model = build_model(config, vocabulary)
-    checkpoint.load_module(model, path / checkpoint.MODEL)
+    weights.load_module(model, path / checkpoint.MODEL)
     return model.eval(), config, vocabulary, path
 
 

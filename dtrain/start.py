@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dtrain import checkpoint
+from dtrain import checkpoint, weights
 from dtrain.config import Config
 from dtrain.cursors import CURSORS
 from dtrain.data.plan import BatchPlan
@@ -142,7 +142,7 @@ def get_ready(
     if resume_from is not None and allowed:
         # A model of other sizes is found out before its settings replace those of the run.
         model = build_model(config, data.vocabulary)
-        checkpoint.load_module(model, resume_from / checkpoint.MODEL)
+        weights.load_module(model, resume_from / checkpoint.MODEL)
     with torch.device("meta"):
         room = checkpoint.room_needed(build_model(config, data.vocabulary))
     checkpoint.check_room(run.checkpoints, room)

@@ -17,7 +17,6 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
 
 from dtrain import checkpoint, fault
 from dtrain.batch import Batch
@@ -30,28 +29,21 @@ from dtrain.distributed import World, connect
 from dtrain.errors import GiveUpError, shown_to_user
 from dtrain.evaluation import CutShortError, validate
 from dtrain.heartbeat import Heartbeat
-from dtrain.loss import Objective
+from dtrain.learner import Learned, Learner
 from dtrain.metrics import Metrics
-from dtrain.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from dtrain.parts import (
-    PRECISIONS,
-    autocast,
-    build_model,
     build_plan,
     configure_torch,
-    fingerprint,
     memory_gib,
-    seed_position,
 )
 from dtrain.preemption import Deadline, StopSignal
 from dtrain.progress import Progress
-from dtrain.reduction import REDUCTIONS
 from dtrain.rehearsal import rehearse
 from dtrain.run_directory import RunDirectory, Status
 from dtrain.saver import Saver
-from dtrain.schedule import learning_rate
 from dtrain.start import Ready, claimed, describe, identity
 from dtrain.supervision import watched
+from dtrain.weights import load_module
 
 NUM_SAMPLES = 5
 SKIPPED_IN_A_ROW = 10
@@ -94,18 +86,8 @@ class Training:
         self.stop, self.deadline = stop, deadline
         self.directory = RunDirectory(config.run_dir)
         self.data = PreparedData.open(ready.data_dir)
-        self.precision = PRECISIONS[config.precision]
         configure_torch(config, world.device)
-
-        self.model = build_model(config, self.data.vocabulary).to(world.device)
-        objective = Objective(self.model, config.loss.label_smoothing)
-        if config.kernels.compile is True:
-            objective.compile()
-        self.reduction = REDUCTIONS[config.distributed.reduction](world, objective)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.scaler = torch.amp.GradScaler(
-            world.device.type, enabled=self.precision is torch.float16
-        )
+        self.learner = Learner(config, self.data.vocabulary, world)
         self.plan = build_plan(config, self.data)
         self.progress = self.restore()
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
@@ -114,16 +96,13 @@ class Training:
         """Go on from the checkpoint that rank 0 chose, or begin."""
         path = self.ready.resume_from
         if path is not None:
-            state = checkpoint.read_state(path)
-            checkpoint.load_module(self.model, path / checkpoint.MODEL)
-            checkpoint.load_optimizer(self.optimizer, self.model, path / checkpoint.OPTIMIZER)
-            self.scaler.load_state_dict(state["scaler"])
-            progress = Progress.from_json(state["progress"])
+            self.learner.load(path)
+            progress = Progress.from_json(checkpoint.read_state(path)["progress"])
             if progress.cursor.window >= self.plan.num_windows:  # of a plan that might change
                 progress.cursor = Cursor(progress.cursor.epoch + 1)
             return progress
         if self.ready.weights_from is not None:
-            checkpoint.load_module(self.model, self.ready.weights_from / checkpoint.MODEL)
+            load_module(self.learner.model, self.ready.weights_from / checkpoint.MODEL)
         return Progress()
 
     def run(self) -> None:
@@ -145,7 +124,7 @@ class Training:
             if self.validation_is_due():  # a stop came before it
                 self.judge()
             if not self.end_reached():
-                self.discarded_backward()
+                self.rehearse()
                 self.train(loader)
             self.conclude()
 
@@ -165,96 +144,42 @@ class Training:
                 break
             waiting_since = time.perf_counter()
 
-    def discarded_backward(self) -> None:
-        """Run backward of weight 0 before the first step of every start, and throw it away.
-
-        First of the heaviest micro-batch to come, since that may not fit in memory. Then with a
-        reduction: DistributedDataParallel lays its buckets out anew after its first, which changes
-        sums from three ranks on, so that every start must be past that point alike.
-        """
+    def rehearse(self) -> None:
+        """Make sure that memory suffices, and that every start is alike, before the first step."""
         start, max_length = self.progress.cursor, self.config.data.max_length
-        rehearse(self.rehearsal, self.plan, self.data.train, start, self.world, max_length)
-        with self.reduction.micro_batch(is_last=True):
-            self.backward(Batch.empty(self.plan.source_slots, self.plan.target_slots), 0.0)
-        self.reduction.finish()
-        untouched = [name for name, p in self.model.named_parameters() if p.grad is None]
-        if untouched:
-            raise RuntimeError(f"parameters without a gradient: {untouched}")
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def rehearsal(self, batch: Batch) -> None:
-        """Run backward without a word to other ranks, and throw the gradients away."""
-        with self.world.accumulating(self.reduction.objective):
-            self.backward(batch, 0.0)
-        self.optimizer.zero_grad(set_to_none=True)
+        rehearse(self.learner.try_out, self.plan, self.data.train, start, self.world, max_length)
+        empty = Batch.empty(self.plan.source_slots, self.plan.target_slots)
+        self.learner.discarded_backward(empty)
 
     def train_step(self, step: LoadedStep, waiting_since: float) -> None:
-        """Run this rank's micro-batches, reduce once, update."""
+        """Learn from a step, count it, measure it."""
         begun = time.perf_counter()
-        number = self.progress.step + 1
-        # A row for each micro-batch of the step, and one for empty batches.
-        sums = torch.zeros(len(step.plan.micro_batches) + 1, 2, dtype=torch.float64)
-        sums = sums.to(self.world.device)
-        weight = self.reduction.scale / step.plan.num_target_tokens
-        self.at("before_backward", number)
-        for count, (index, batch) in enumerate(step.micro_batches, start=1):
-            seed_position(self.config.run.seed, number, index)
-            with self.reduction.micro_batch(is_last=count == len(step.micro_batches)):
-                sums[index] += self.backward(batch, weight)
-        self.at("after_backward", number)
-        self.reduction.finish()
-        self.at("before_optimizer", number)
-        norm, updated = self.update(number)
-        self.at("after_optimizer", number)
-
+        learned = self.learner.learn(self.progress.step + 1, step, self.at)
         seconds = time.perf_counter() - waiting_since
-        self.progress.advance(step.plan, updated=updated, seconds=seconds)
-        self.metrics.progress(number, {"epoch": step.plan.epoch})
+        self.progress.advance(step.plan, updated=learned.updated, seconds=seconds)
+        self.metrics.progress(self.progress.step, {"epoch": step.plan.epoch})
         if self.is_due(self.config.metrics.every_steps):
-            self.log_step(step, sums, norm, seconds, (begun - waiting_since) / seconds)
-        if not updated:
-            self.report_skipped(step, sums, norm)
+            self.log_step(learned, seconds, (begun - waiting_since) / seconds)
+        if not learned.updated:
+            self.report_skipped(learned)
 
-    def backward(self, batch: Batch, weight: float) -> Tensor:
-        """Add a micro-batch's gradients up; gives its sums of loss and nll, float64 [2]."""
-        with autocast(self.world.device, self.precision):
-            loss, nll = self.reduction.objective(batch.to(self.world.device))
-        self.scaler.scale(loss * weight).backward()
-        return torch.stack([loss.detach(), nll.detach()]).double()
-
-    def update(self, step: int) -> tuple[Tensor, bool]:
-        """Change the weights; gives the gradient's norm before it was clipped, and whether it did.
-
-        If the norm is not finite the update is skipped and nothing else. It is taken after the
-        reduction, so that all ranks decide alike.
-        """
-        self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.model, self.config.optimizer.max_grad_norm)
-        set_learning_rate(self.optimizer, self.learning_rate(step))
-        is_finite = math.isfinite(norm.item())
-        if is_finite:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, is_finite
-
-    def report_skipped(self, step: LoadedStep, sums: Tensor, norm: Tensor) -> None:
+    def report_skipped(self, learned: Learned) -> None:
         """Name the sentences of a step whose update was skipped; too many in a row end the run.
 
         Raises:
             GiveUpError: on all ranks, after SKIPPED_IN_A_ROW of them; in fp16 the loss scale must
                 be at its smallest besides, as it takes some such steps to find the right one.
         """
-        losses = self.world.sum(sums.clone())[:-1, 0].tolist()
+        losses = self.world.sum(learned.sums[:, 0].clone()).tolist()
         at_fault = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        micro_batches = {i: step.plan.micro_batches[i] for i in at_fault or range(len(losses))}
-        number = self.progress.step
-        self.metrics.skipped(number, norm.item(), losses, micro_batches)
-        too_many = self.progress.skipped_in_a_row >= SKIPPED_IN_A_ROW
-        if too_many and (not self.scaler.is_enabled() or self.scaler.get_scale() <= 1.0):
+        suspects = at_fault or range(len(losses))
+        micro_batches = {i: learned.plan.micro_batches[i] for i in suspects}
+        number, in_a_row = self.progress.step, self.progress.skipped_in_a_row
+        self.metrics.skipped(number, learned.norm, losses, micro_batches)
+        if in_a_row >= SKIPPED_IN_A_ROW and self.learner.scale_is_smallest:
             raise GiveUpError(
-                f"the gradient was not finite for {self.progress.skipped_in_a_row} steps in a row, "
-                f"up to step {number}; skipped.jsonl names their sentences, and `dtrain inspect "
+                f"the gradient was not finite for {in_a_row} steps in a row, up to step {number}; "
+                f"skipped.jsonl names their sentences, and `dtrain inspect "
                 f"{self.directory.path} --step {number}` shows where the numbers go wrong. A lower "
                 f"optimizer.learning_rate or a longer schedule.warmup_steps is the usual cure"
             )
@@ -270,7 +195,7 @@ class Training:
         is_late = bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
         stopping, save_now = self.world.agree(step, self.wants_to_stop(), is_late)
         if step % CHECK_EVERY_STEPS == 0:
-            self.check_ranks_agree()
+            self.learner.check_same_everywhere(step)
         if (
             stopping
             or save_now
@@ -308,16 +233,6 @@ class Training:
             self.world.call_off(f"validation of step {self.progress.step}")
         return not self.world.is_called_off(f"validation of step {self.progress.step}")
 
-    def check_ranks_agree(self) -> None:
-        """Make sure that weights, moments and loss scale are the same on all ranks, bit for bit.
-
-        Raises:
-            RuntimeError: on all ranks, naming those that differ.
-        """
-        if self.world.size > 1:
-            bits = fingerprint(self.model, self.optimizer, self.scaler.get_scale())
-            self.world.check_same(f"weights or moments after step {self.progress.step}", bits)
-
     def at(self, point: str, step: int) -> None:
         """Show where this rank is."""
         self.heartbeat.at(step, point)
@@ -349,7 +264,7 @@ class Training:
     def validate(self) -> float:
         """Judge the model on the validation set; gives the score, higher is better."""
         step = self.progress.step
-        parts = self.model, self.data, self.plan, self.world
+        parts = self.learner.model, self.data, self.plan, self.world
         with self.patiently("validating"):
             found = validate(*parts, self.config.validation, self.may_go_on_validating)
         self.metrics.log(step, found.values)
@@ -360,18 +275,20 @@ class Training:
         """Write a checkpoint, from rank 0, unless this step has one."""
         if self.saved_step == self.progress.step:
             return
-        self.check_ranks_agree()
+        self.learner.check_same_everywhere(self.progress.step)
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         with self.patiently("saving"):
             if self.saver is not None:
                 state = {
                     "step": self.progress.step,
                     "progress": self.progress.to_json(),
-                    "scaler": self.scaler.state_dict(),
+                    "scaler": self.learner.scaler.state_dict(),
                     "data": identity(self.data, self.plan),
                     "made_with": {"torch": torch.__version__, "world_size": self.world.size},
                 }
-                self.saver.save(self.progress.step, self.model, self.optimizer, state)
+                self.saver.save(
+                    self.progress.step, self.learner.model, self.learner.optimizer, state
+                )
             self.world.meet()  # a slow disk may take longer than collectives wait
 
     def note_saved(self, step: int) -> None:
@@ -381,27 +298,25 @@ class Training:
         self.directory.write_status("running", step, None, f"saved {name}")
         self.metrics.message(f"saved {name}")
 
-    def log_step(
-        self, step: LoadedStep, sums: Tensor, norm: Tensor, seconds: float, data_wait_share: float
-    ) -> None:
+    def log_step(self, learned: Learned, seconds: float, data_wait_share: float) -> None:
         """Measure this step over all ranks and write it down."""
-        tokens = step.plan.num_target_tokens
+        plan, tokens = learned.plan, learned.plan.num_target_tokens
         # Summed without rounding, so that the order, and with it the number of ranks, is no matter.
-        columns = zip(*self.world.sum(sums.clone())[:-1].tolist(), strict=True)
+        columns = zip(*self.world.sum(learned.sums.clone()).tolist(), strict=True)
         loss, nll = (math.fsum(column) / tokens for column in columns)
-        slots = len(step.plan.micro_batches) * (self.plan.source_slots + self.plan.target_slots)
+        slots = len(plan.micro_batches) * (self.plan.source_slots + self.plan.target_slots)
         self.metrics.log(
             self.progress.step,
             {
-                "epoch": step.plan.epoch,
+                "epoch": plan.epoch,
                 "tokens": self.progress.tokens,
                 "train/loss": loss,
                 "train/nll": nll,
                 "train/perplexity": math.exp(min(nll, 100.0)),
-                "train/learning_rate": self.learning_rate(self.progress.step),
-                "train/grad_norm": norm.item(),
+                "train/learning_rate": self.learner.learning_rate(self.progress.step),
+                "train/grad_norm": learned.norm,
                 "train/skipped_updates": self.progress.skipped,
-                "train/pack_fill": (tokens + step.plan.num_source_tokens) / slots,
+                "train/pack_fill": (tokens + plan.num_source_tokens) / slots,
                 "train/tokens_per_second": tokens / seconds,
                 "train/step_seconds": seconds,
                 "train/data_wait_share": data_wait_share,
@@ -421,12 +336,6 @@ class Training:
     def is_due(self, every_steps: int) -> bool:
         """Whether something periodic falls on this step; never if the period is 0."""
         return every_steps > 0 and self.progress.step % every_steps == 0
-
-    def learning_rate(self, step: int) -> float:
-        """Give the rate of a step as the settings want it."""
-        settings = self.config
-        peak, width = settings.optimizer.learning_rate, settings.model.hidden_dim
-        return learning_rate(step, settings.schedule, peak, width, settings.run.max_steps)
 
     def open_metrics(self) -> Metrics:
         """Open the sinks on rank 0; the others measure in silence."""
@@ -464,8 +373,8 @@ class Training:
             return
         attempt = self.ready.attempt
         self.directory.write_status("running", self.progress.step, None, f"attempt {attempt}")
-        num_parameters = sum(p.numel() for p in self.model.parameters())
-        what = describe(self.ready, self.data, self.world, self.precision, num_parameters)
+        num_parameters = sum(p.numel() for p in self.learner.model.parameters())
+        what = describe(self.ready, self.data, self.world, self.learner.precision, num_parameters)
         place = f"from step {self.progress.step}" if self.progress.step else "from the beginning"
         where = f"run      {self.directory.path}, attempt {attempt}, {place}"
         for line in [*self.ready.notices, *what, where]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_model import TINY, same, trained
 from worlds import run_world
 
-from dtrain import checkpoint, durable, train
+from dtrain import checkpoint, durable, train, weights
 from dtrain.batch import Batch
 from dtrain.checkpoint import CheckpointError, checkpoint_name
 from dtrain.commands.average import average
@@ -36,8 +36,8 @@ def test_a_checkpoint_gives_back_model_and_optimizer(tmp_path):
     assert checkpoint.verify(path) == ""
     assert checkpoint.read_state(path)["step"] == 2
     other, other_optimizer = trained(seed=1, steps=1)
-    checkpoint.load_module(other, path / checkpoint.MODEL)
-    checkpoint.load_optimizer(other_optimizer, other, path / checkpoint.OPTIMIZER)
+    weights.load_module(other, path / checkpoint.MODEL)
+    weights.load_optimizer(other_optimizer, other, path / checkpoint.OPTIMIZER)
     assert same(model.state_dict(), other.state_dict())
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert same(optimizer.state[mine], other_optimizer.state[theirs])
@@ -47,8 +47,8 @@ def test_going_on_after_loading_is_going_on(tmp_path):
     model, optimizer = trained()
     path = checkpoint.save(tmp_path, "step-0000000002", model, optimizer, {})
     other, other_optimizer = trained(seed=1, steps=0)
-    checkpoint.load_module(other, path / checkpoint.MODEL)
-    checkpoint.load_optimizer(other_optimizer, other, path / checkpoint.OPTIMIZER)
+    weights.load_module(other, path / checkpoint.MODEL)
+    weights.load_optimizer(other_optimizer, other, path / checkpoint.OPTIMIZER)
     for each, its_optimizer in ((model, optimizer), (other, other_optimizer)):
         each.eval().zero_grad()
         Objective(each, 0.1)(Batch.padded([[5, 6, 3]], [[7, 3]]))[0].backward()
@@ -169,9 +169,9 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path):
         durable.write_json(path / checkpoint.MANIFEST, manifest)
     model, optimizer = trained()
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        checkpoint.load_module(model, path / checkpoint.MODEL)
+        weights.load_module(model, path / checkpoint.MODEL)
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        checkpoint.load_optimizer(optimizer, model, path / checkpoint.OPTIMIZER)
+        weights.load_optimizer(optimizer, model, path / checkpoint.OPTIMIZER)
     with pytest.raises(UnicodeDecodeError):
         checkpoint.read_state(path)
     assert "damaged" in checkpoint.verify(path)
@@ -399,8 +399,8 @@ def test_format_version_1_loads(tmp_path):
     torch.manual_seed(0)
     model = Transformer(TINY, 32)
     optimizer = build_optimizer(model, OptimizerSettings())
-    checkpoint.load_module(model, path / checkpoint.MODEL)
-    checkpoint.load_optimizer(optimizer, model, path / checkpoint.OPTIMIZER)
+    weights.load_module(model, path / checkpoint.MODEL)
+    weights.load_optimizer(optimizer, model, path / checkpoint.OPTIMIZER)
     moments = {
         f"{name}.{key}": tensor
         for name, parameter in model.named_parameters()
@@ -425,7 +425,7 @@ def test_average_is_the_mean_of_the_weights(tmp_path):
         checkpoint.save(tmp_path, checkpoint.checkpoint_name(step), model, None, {"step": step})
     name = average(tmp_path, checkpoint.steps_saved(tmp_path))
     found = trained()[0]
-    checkpoint.load_module(found, checkpoint.choose(tmp_path, name) / checkpoint.MODEL)
+    weights.load_module(found, checkpoint.choose(tmp_path, name) / checkpoint.MODEL)
     for key, value in found.state_dict().items():
         mean = torch.stack([model.state_dict()[key] for model in models]).double().mean(0)
         torch.testing.assert_close(value, mean.float(), rtol=0, atol=1e-7)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from dtrain import checkpoint
 from dtrain.__main__ import main
 from dtrain.inspection import inspect_step
+from dtrain.weights import load_module
 
 
 @pytest.fixture
@@ -107,13 +107,13 @@ def test_json_holds_the_same(shown, run):
 
 def test_what_is_not_finite_is_shown_and_is_valid_json(shown, monkeypatch):
     """A weight that a checkpoint holds as NaN."""
-    load = checkpoint.load_module
+    load = load_module
 
     def load_broken(module, path):
         load(module, path)
         module.decoder.blocks[0].feed_forward.inner.bias.data[3] = float("nan")
 
-    monkeypatch.setattr(checkpoint, "load_module", load_broken)
+    monkeypatch.setattr("dtrain.weights.load_module", load_broken)
     text = shown("--step", 41, "--text")
     culprit = "the output of decoder.blocks.0.feed_forward.inner, micro-batch 0"
     assert f"not finite  first {culprit}\n" in text

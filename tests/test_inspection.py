@@ -17,6 +17,7 @@ from dtrain.data import plan as plan_module
 from dtrain.data.plan import BatchPlan, Cursor
 from dtrain.data.preparation import prepare, prepared_directory
 from dtrain.data.store import PreparedData
+from dtrain.durable import write_json
 from dtrain.errors import UserError
 from dtrain.inspection import inspect_step
 from dtrain.metrics import read_metrics
@@ -138,7 +139,7 @@ def plant(folder: Path, name: str, value: float) -> None:
     size = (folder / checkpoint.MODEL).stat().st_size
     record = {"size": size, "sha256": checkpoint.sha256(folder / checkpoint.MODEL)}
     manifest["files"][checkpoint.MODEL] = record
-    checkpoint.write_json(path, manifest)
+    write_json(path, manifest)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

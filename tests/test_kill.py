@@ -14,6 +14,7 @@ from worlds import run_until_exit, run_world
 from dtrain import checkpoint, train
 from dtrain.config import Config
 from dtrain.fault import POINTS
+from dtrain.learner import Learner
 
 SETTINGS = {
     "run__max_steps": 12,
@@ -94,18 +95,28 @@ def test_a_stopped_rank_is_named_and_the_others_show_their_stacks(toy, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_rank_0_that_hangs_before_training_is_named(toy, monkeypatch):
+    """It holds the store that the others ask, which then does not answer."""
+    monkeypatch.setenv("DTRAIN_FAULT", "rank=0,point=in_preparation,signal=STOP")
+    _, (code, told) = run_until_exit(2, train.run, toy("run"))
+    assert code == 1
+    assert "rank 0 gave no sign of life for" in told
+
+
+@pytest.mark.slow
 def test_a_rank_whose_code_fails_is_named_by_all(toy):
     config = toy("run")
 
     def failing(config: Config) -> int:
-        update = train.Training.update
+        update = Learner.update
 
-        def fail_late(self, step):
-            if step == 3 and self.world.rank == 1:
+        def fail_late(self, number):
+            if number == 3 and self.world.rank == 1:
                 raise ZeroDivisionError("on purpose")
-            return update(self, step)
+            return update(self, number)
 
-        train.Training.update = fail_late
+        Learner.update = fail_late
         return train.run(config)
 
     codes = run_until_exit(2, failing, config)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_model import files_of, same, train_step, trained
 
-from dtrain import checkpoint, fault
+from dtrain import checkpoint, fault, weights
 from dtrain.checkpoint import CheckpointError, checkpoint_name
 from dtrain.preemption import StopSignal
 from dtrain.saver import MOST_FAILURES, Saver, Staging
@@ -102,9 +102,9 @@ def test_a_save_holds_the_values_of_its_step(saver, asynchronous):
     assert saver.saved == [2]
     assert saver.said == []
     other, other_optimizer = trained(seed=1, steps=0)
-    checkpoint.load_module(other, saver.folder / checkpoint_name(2) / checkpoint.MODEL)
+    weights.load_module(other, saver.folder / checkpoint_name(2) / checkpoint.MODEL)
     path = saver.folder / checkpoint_name(2) / checkpoint.OPTIMIZER
-    checkpoint.load_optimizer(other_optimizer, other, path)
+    weights.load_optimizer(other_optimizer, other, path)
     assert same(model.state_dict(), other.state_dict())
 
 
@@ -341,7 +341,7 @@ def test_a_stop_signal_while_saving_loses_nothing(saver):
     for path in (two, last):
         model, _ = trained(steps=checkpoint.step_of(path))
         other, _ = trained(seed=1)
-        checkpoint.load_module(other, path / checkpoint.MODEL)
+        weights.load_module(other, path / checkpoint.MODEL)
         assert same(other.state_dict(), model.state_dict())
 
 

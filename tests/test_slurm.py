@@ -98,8 +98,8 @@ class Job:
 
     def start_again(self) -> None:
         """Start the requeued job at once; SLURM would let it wait for two minutes."""
-        # Before it says so it is still busy with the attempt before.
         self.wait(lambda: self.slurm.job(self.number)["Reason"] == "BeginTime")
+        time.sleep(1.5)  # in the same second its nodes would still refuse it
         self.slurm.command("scontrol", "update", f"JobId={self.number}", "StartTime=now")
         self.wait(lambda: self.state()[0] == "RUNNING")
 

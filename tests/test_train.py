@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from worlds import run_world
 
-from dtrain import train
+from dtrain import fault, train
 from dtrain.batch import Batch
 from dtrain.checkpoint import steps_saved
 from dtrain.config import Config
@@ -26,6 +25,7 @@ from dtrain.data.preparation import prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.distributed import connect
 from dtrain.errors import GiveUpError, UserError
+from dtrain.learner import Learner
 from dtrain.loss import Objective
 from dtrain.parts import build_plan
 from dtrain.preemption import Deadline, StopSignal
@@ -42,18 +42,10 @@ TIMING = {
 
 def run(config: Config, stop_after: int = 0, signalled_rank: int = 0) -> int:
     """Train on this rank; one rank gets SIGTERM in the middle of step `stop_after`."""
-    backward = train.Training.backward
-
-    def backward_with_signal(self, batch, weight):
-        if self.progress.step + 1 == stop_after and self.world.rank == signalled_rank:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return backward(self, batch, weight)
-
-    train.Training.backward = backward_with_signal
-    try:
+    where = f"rank={signalled_rank},step={stop_after},point=after_backward"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(fault.VARIABLE, f"{where},signal=TERM")
         return train.run(config)
-    finally:
-        train.Training.backward = backward
 
 
 def last_weights(config: Config) -> dict[str, str]:
@@ -200,15 +192,16 @@ def gradients_of_a_step(config: Config) -> Gradients:
     """Run the first step as training does, and take the gradients instead of the update."""
     with training_on_rank(config) as training:
         training.metrics = train.Metrics.silent()
-        training.discarded_backward()
+        training.rehearse()
+        learner = training.learner
         taken: Gradients = {}
 
-        def take(_: int) -> tuple[torch.Tensor, bool]:
-            taken.update((n, p.grad.numpy().copy()) for n, p in training.model.named_parameters())
-            training.optimizer.zero_grad(set_to_none=True)
-            return torch.zeros(()), True
+        def take(_: int) -> tuple[float, bool]:
+            taken.update((n, p.grad.numpy().copy()) for n, p in learner.model.named_parameters())
+            learner.optimizer.zero_grad(set_to_none=True)
+            return 0.0, True
 
-        training.update = take
+        learner.update = take
         sampler = DistributedTokenSampler(training.plan, training.world.size, training.world.rank)
         planned = most_ragged_step(training.plan)
         batches = [
@@ -222,7 +215,7 @@ def gradients_of_a_step(config: Config) -> Gradients:
 def reference_gradients(config: Config, mean_of_means: bool = False) -> Gradients:
     """The same in float64: one process, whole sentences in padded batches."""
     with training_on_rank(config) as training:
-        objective = Objective(training.model.double(), config.loss.label_smoothing)
+        objective = Objective(training.learner.model.double(), config.loss.label_smoothing)
         planned = most_ragged_step(training.plan)
         for ids in planned.micro_batches:
             (source, source_lengths), (target, target_lengths) = training.data.train.gather(ids)
@@ -239,7 +232,7 @@ def reference_gradients(config: Config, mean_of_means: bool = False) -> Gradient
             count = batch.num_tokens * len(planned.micro_batches)
             loss = objective(batch)[0]
             (loss / (count if mean_of_means else planned.num_target_tokens)).backward()
-        return {name: p.grad.numpy() for name, p in training.model.named_parameters()}
+        return {name: p.grad.numpy() for name, p in training.learner.model.named_parameters()}
 
 
 def worst_difference(found, expected) -> float:
@@ -293,7 +286,7 @@ def written_paths(config: Config) -> list[str]:
             event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_ACCMODE
         )
         if writes and path.startswith(folder):
-            written.append(path)
+            written.append(path.removeprefix(folder))
 
     sys.addaudithook(note)
     train.run(config)
@@ -304,7 +297,8 @@ def written_paths(config: Config) -> list[str]:
 def test_only_rank_0_writes(toy):
     first, *others = run_world(3, written_paths, toy("run", checkpoint__every_steps=4))
     assert len(first) > 10
-    assert others == [[], []]
+    for written in others:
+        assert {path.split("/")[1] for path in written} == {"heartbeats", "logs"}
 
 
 # ------------------------------------------------------------------ starts and refusals
@@ -404,7 +398,7 @@ def test_a_failure_is_written_down(toy):
     config = toy("run")
 
     def failing(config: Config) -> None:
-        train.Training.update = lambda *_: 1 / 0
+        Learner.update = lambda *_: 1 / 0
         train.run(config)
 
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
@@ -446,22 +440,20 @@ def test_low_precision_keeps_weights_and_moments_in_fp32(toy, precision):
 
 def run_with_nan(config: Config, first: int, last: int) -> int:
     """Train; in these steps the last rank's last micro-batch has a loss of nan."""
-    backward = train.Training.backward
+    learn = Learner.learn
 
-    def spoilt(self, batch, weight):
-        is_hit = weight and self.world.rank == self.world.size - 1
-        if is_hit and first <= self.progress.step + 1 <= last:
-            objective = self.reduction.objective
-            handle = objective.register_forward_hook(
-                lambda _module, _input, sums: (sums[0] * math.nan, sums[1])
-            )
-            try:
-                return backward(self, batch, weight)
-            finally:
-                handle.remove()
-        return backward(self, batch, weight)
+    def spoilt(self, number, step, at):
+        if self.world.rank < self.world.size - 1 or not first <= number <= last:
+            return learn(self, number, step, at)
+        hook = self.reduction.objective.register_forward_hook(
+            lambda _module, _input, sums: (sums[0] * math.nan, sums[1])
+        )
+        try:
+            return learn(self, number, step, at)
+        finally:
+            hook.remove()
 
-    train.Training.backward = spoilt
+    Learner.learn = spoilt
     return train.run(config)
 
 
@@ -526,7 +518,7 @@ def scales_of(config: Config) -> list[float]:
     after_step, scales = train.Training.after_step, []
 
     def noting(self):
-        scales.append(self.scaler.get_scale())
+        scales.append(self.learner.scaler.get_scale())
         return after_step(self)
 
     train.Training.after_step = noting
@@ -548,7 +540,7 @@ def test_the_loss_scale_is_the_same_on_all_ranks_and_survives_a_stop(toy):
 
 def run_diverging(config: Config) -> str:
     """Train on several ranks, one of which has its weights changed behind its back at step 5."""
-    update = train.Training.update
+    update = Learner.update
 
     def diverging(self, step):
         if step == 5 and self.world.rank == 1:
@@ -556,7 +548,7 @@ def run_diverging(config: Config) -> str:
                 next(self.model.parameters()).flatten()[3] += 1e-6
         return update(self, step)
 
-    train.Training.update = diverging
+    Learner.update = diverging
     train.CHECK_EVERY_STEPS = 3
     with pytest.raises(RuntimeError) as caught:
         train.run(config)
