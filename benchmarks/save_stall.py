@@ -29,13 +29,13 @@ from benchmarks.yardstick import (
     table,
     write_results,
 )
-from dtrain.checkpoint import checkpoint_name, room_needed
+from dtrain.checkpoint import checkpoint_name
 from dtrain.config import OptimizerSettings
 from dtrain.data.preparation import num_cores
 from dtrain.model.settings import ModelSettings
 from dtrain.model.transformer import Transformer
 from dtrain.optimizer import build_optimizer
-from dtrain.saver import Saver
+from dtrain.saver import Saver, room_needed
 
 GOAL = 0.1
 """Of the time that a synchronous save takes."""

@@ -10,13 +10,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from dtrain.durable import (
     delete,
@@ -29,11 +26,12 @@ from dtrain.durable import (
 )
 from dtrain.errors import UserError
 from dtrain.fault import strike
-from dtrain.weights import file_content, moments
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, MANIFEST, JUDGEMENT = "state.json", "MANIFEST.json", "judgement.json"
+
+Piece = bytes | memoryview
 
 _STEP = re.compile(r"step-([0-9]+)(\.replaced)?")
 
@@ -47,41 +45,15 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:010d}"
 
 
-def save(
-    folder: Path,
-    name: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    state: Mapping[str, Any],
-) -> Path:
-    """Write a checkpoint of a model as it is now; see `contents` and `write`."""
-    return write(folder, name, contents(model, optimizer), state)
-
-
-def contents(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> dict[str, dict[str, Tensor]]:
-    """Give the tensors of a checkpoint, by file and name; not copies but the tensors themselves.
-
-    Args:
-        model: its parameters go under their own names, without any wrapper's prefix.
-        optimizer: over exactly the model's parameters; None to leave it out.
-    """
-    tensors = {MODEL: dict(model.state_dict())}
-    if optimizer is not None:
-        tensors[OPTIMIZER] = moments(optimizer, model)
-    return tensors
-
-
 def write(
-    folder: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    folder: Path, name: str, tensors: Mapping[str, Iterable[Piece]], state: Mapping[str, Any]
 ) -> Path:
     """Write a checkpoint `folder/name`, all or nothing; an older one of that name is replaced.
 
     Args:
         folder: the run's `checkpoints` directory.
         name: of the new checkpoint.
-        tensors: by file and name.
+        tensors: the pieces of each file of tensors, by the file's name.
         state: what else is needed to go on; JSON values only.
 
     Raises:
@@ -97,8 +69,8 @@ def write(
         temporary.mkdir()
         strike("in_save:begun", step)
         files = {}
-        for file, named in tensors.items():
-            files[file] = write_file(temporary / file, file_content(named))
+        for file, pieces in tensors.items():
+            files[file] = write_file(temporary / file, pieces)
             if file == MODEL:
                 strike("in_save:model_written", step)
         text = to_json({"format_version": FORMAT_VERSION, **state})
@@ -272,18 +244,12 @@ def prune(folder: Path, keep_last: int, keep_best: int, protect: Path | None = N
     return complaints + _clean(folder)
 
 
-def room_needed(model: nn.Module) -> int:
-    """Estimate the bytes of one checkpoint: weights, both moments, and the files' headers."""
-    tensors = model.state_dict().values()
-    return 3 * sum(tensor.nbytes for tensor in tensors) + 1024 * len(tensors) + 2**16
-
-
 def check_room(folder: Path, bytes_of_one: int) -> None:
     """Make sure that the disk has room for two checkpoints, or for one more if there is one.
 
     Args:
         folder: the run's `checkpoints` directory, which need not be there yet.
-        bytes_of_one: see `room_needed`.
+        bytes_of_one: what one takes.
 
     Raises:
         UserError: naming the room, what is needed, and what to do.

@@ -7,15 +7,17 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dtrain.checkpoint import step_of, steps_saved
 from dtrain.config import Config, changed_settings, load_config
-from dtrain.data.vocabulary import Vocabulary
 from dtrain.durable import write_json
 from dtrain.errors import GiveUpError, UserError, exit_code
 from dtrain.lock import RunLock
 from dtrain.peers import Sign, read_sign
+
+if TYPE_CHECKING:
+    from dtrain.data.vocabulary import Vocabulary
 
 Status = Literal["running", "completed", "preempted", "failed"]
 
@@ -96,7 +98,7 @@ class RunDirectory:
                 f"back, or start another run with --run.name=NAME, or accept it: {' '.join(flags)}"
             )
 
-    def claim(self, config: Config, vocabulary: Vocabulary) -> None:
+    def claim(self, config: Config, vocabulary: "Vocabulary") -> None:
         """Keep the settings, and the vocabulary, so that the run is complete in itself."""
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.config_file.with_name(".config.yaml")

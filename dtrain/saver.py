@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dtrain import checkpoint
 from dtrain.checkpoint import CheckpointError, checkpoint_name
-from dtrain.weights import memory
+from dtrain.weights import file_content, memory, moments
 
 MOST_FAILURES = 3
 """So many saves in a row may fail before the run ends."""
@@ -30,6 +30,25 @@ ADVICE = {
 
 Tensors = dict[str, dict[str, Tensor]]
 """By file and name."""
+
+
+def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Give the tensors of a checkpoint; not copies but the tensors themselves.
+
+    Args:
+        model: its parameters go under their own names, without any wrapper's prefix.
+        optimizer: over exactly the model's parameters.
+    """
+    return {
+        checkpoint.MODEL: dict(model.state_dict()),
+        checkpoint.OPTIMIZER: moments(optimizer, model),
+    }
+
+
+def room_needed(model: nn.Module) -> int:
+    """Estimate the bytes of one checkpoint: weights, both moments, and the files' headers."""
+    tensors = model.state_dict().values()
+    return 3 * sum(tensor.nbytes for tensor in tensors) + 1024 * len(tensors) + 2**16
 
 
 class Saver:
@@ -101,7 +120,7 @@ class Saver:
         """
         self._finish()
         self._check()
-        tensors = self._staging.copy(checkpoint.contents(model, optimizer))
+        tensors = self._staging.copy(contents(model, optimizer))
         self._do(partial(self._write, step, tensors, deepcopy(dict(state))))
 
     def note_judgement(self, step: int, score: float, progress: Mapping[str, Any]) -> None:
@@ -150,7 +169,8 @@ class Saver:
     def _write(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
         name = checkpoint_name(step)
         try:
-            checkpoint.write(self.folder, name, tensors, state)
+            files = {file: file_content(named) for file, named in tensors.items()}
+            checkpoint.write(self.folder, name, files, state)
         except OSError as error:
             self._failures.append(error)
             count = f"{len(self._failures)} of {MOST_FAILURES} in a row before the run ends"

@@ -26,6 +26,7 @@ from dtrain.nodes import check_nodes, check_shared, hosts_of
 from dtrain.parts import build_model, build_plan, choose_precision
 from dtrain.preemption import StopSignal
 from dtrain.run_directory import RunDirectory
+from dtrain.saver import room_needed
 
 FIELDS = {"training text": "data", "vocabulary": "vocabulary", "batch plan": "plan"}
 """What a checkpoint's fingerprints are called on the command line."""
@@ -144,7 +145,7 @@ def get_ready(
         model = build_model(config, data.vocabulary)
         weights.load_module(model, resume_from / checkpoint.MODEL)
     with torch.device("meta"):
-        room = checkpoint.room_needed(build_model(config, data.vocabulary))
+        room = room_needed(build_model(config, data.vocabulary))
     checkpoint.check_room(run.checkpoints, room)
     weights_from = None
     if resume_from is None and config.run.init_from is not None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import TINY, same, trained
+from tiny_model import TINY, same, save_checkpoint, trained
 from worlds import run_world
 
 from dtrain import checkpoint, durable, train, weights
@@ -26,13 +26,14 @@ from dtrain.model.transformer import Transformer
 from dtrain.optimizer import build_optimizer
 from dtrain.progress import Progress
 from dtrain.run_directory import RunDirectory
+from dtrain.saver import room_needed
 
 FORMAT_1 = Path(__file__).parent / "fixtures" / "checkpoint-format-1" / "step-0000000003"
 
 
 def test_a_checkpoint_gives_back_model_and_optimizer(tmp_path):
     model, optimizer = trained()
-    path = checkpoint.save(tmp_path, "step-0000000002", model, optimizer, {"step": 2})
+    path = save_checkpoint(tmp_path, "step-0000000002", model, optimizer, {"step": 2})
     assert checkpoint.verify(path) == ""
     assert checkpoint.read_state(path)["step"] == 2
     other, other_optimizer = trained(seed=1, steps=1)
@@ -45,7 +46,7 @@ def test_a_checkpoint_gives_back_model_and_optimizer(tmp_path):
 
 def test_going_on_after_loading_is_going_on(tmp_path):
     model, optimizer = trained()
-    path = checkpoint.save(tmp_path, "step-0000000002", model, optimizer, {})
+    path = save_checkpoint(tmp_path, "step-0000000002", model, optimizer, {})
     other, other_optimizer = trained(seed=1, steps=0)
     weights.load_module(other, path / checkpoint.MODEL)
     weights.load_optimizer(other_optimizer, other, path / checkpoint.OPTIMIZER)
@@ -58,7 +59,7 @@ def test_going_on_after_loading_is_going_on(tmp_path):
 
 def test_only_safetensors_and_json_and_plain_names(tmp_path):
     model, optimizer = trained()
-    path = checkpoint.save(tmp_path, "step-0000000001", model, optimizer, {})
+    path = save_checkpoint(tmp_path, "step-0000000001", model, optimizer, {})
     assert sorted(file.name for file in path.iterdir()) == [
         "MANIFEST.json",
         "model.safetensors",
@@ -96,8 +97,8 @@ def harm(path: Path, damage: str) -> None:
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_any_damage_is_found_and_an_older_one_is_used(tmp_path, file, damage):
     model, optimizer = trained()
-    good = checkpoint.save(tmp_path, "step-0000000001", model, optimizer, {})
-    bad = checkpoint.save(tmp_path, "step-0000000002", model, optimizer, {})
+    good = save_checkpoint(tmp_path, "step-0000000001", model, optimizer, {})
+    bad = save_checkpoint(tmp_path, "step-0000000002", model, optimizer, {})
     checkpoint.note_judgement(bad, 1.5, {"step": 2})
     harm(bad / file, damage)
     if (file, damage) == ("judgement.json", "delete"):  # a checkpoint may well have none
@@ -114,7 +115,7 @@ def test_any_damage_is_found_and_an_older_one_is_used(tmp_path, file, damage):
 
 @pytest.mark.parametrize("file", ["MANIFEST.json", "judgement.json", "state.json"])
 def test_a_flip_of_any_byte_is_found(tmp_path, file):
-    path = checkpoint.save(tmp_path, "step-0000000001", torch.nn.Linear(1, 1), None, {"step": 1})
+    path = save_checkpoint(tmp_path, "step-0000000001", torch.nn.Linear(1, 1), None, {"step": 1})
     checkpoint.note_judgement(path, 1.5, {"step": 1, "cursor": {"epoch": 0}})
     whole = (path / file).read_bytes()
     assert checkpoint.verify(path) == ""
@@ -157,7 +158,7 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path):
     bomb = pickle.dumps(Bomb())
     pickle.loads(bomb)
     mark.rmdir()  # so it does go off where something unpickles it
-    path = checkpoint.save(tmp_path, "step-0000000001", *trained(), {"step": 1})
+    path = save_checkpoint(tmp_path, "step-0000000001", *trained(), {"step": 1})
     for name in ("model.pt", "state.pkl", "__init__.py", ".metadata"):
         (path / name).write_bytes(bomb)
     assert checkpoint.newest(tmp_path) == (path, [])
@@ -187,7 +188,7 @@ def test_half_a_checkpoint_does_not_exist(tmp_path):
 
 
 def test_a_passing_read_error_condemns_no_checkpoint(tmp_path, monkeypatch):
-    path = checkpoint.save(tmp_path, "step-0000000001", trained()[0], None, {})
+    path = save_checkpoint(tmp_path, "step-0000000001", trained()[0], None, {})
 
     def unreadable(_: Path) -> str:
         raise OSError(5, "Input/output error")
@@ -202,7 +203,7 @@ def test_a_passing_read_error_condemns_no_checkpoint(tmp_path, monkeypatch):
 def test_newest_is_by_number(tmp_path):
     model, _ = trained()
     for step in (9, 10, 100000000000):
-        checkpoint.save(tmp_path, checkpoint.checkpoint_name(step), model, None, {})
+        save_checkpoint(tmp_path, checkpoint.checkpoint_name(step), model, None, {})
     assert checkpoint.newest(tmp_path)[0].name == "step-100000000000"
 
 
@@ -210,7 +211,7 @@ def test_prune_keeps_the_last_and_the_best(tmp_path):
     model, _ = trained()
     for step, score in enumerate([1.0, 9.0, None, 3.0, 2.0, None], start=1):
         name = checkpoint.checkpoint_name(step)
-        path = checkpoint.save(tmp_path, name, model, None, {"progress": {}})
+        path = save_checkpoint(tmp_path, name, model, None, {"progress": {}})
         if score is not None:
             checkpoint.note_judgement(path, score, {"best_score": score})
     (tmp_path / ".tmp-step-1-2").mkdir()
@@ -324,13 +325,13 @@ def test_what_cannot_be_deleted_is_only_said(tmp_path, monkeypatch):
 
 def test_one_that_was_being_replaced_counts_until_the_new_one_is_there(tmp_path):
     model, optimizer = trained()
-    path = checkpoint.save(tmp_path, "step-0000000007", model, optimizer, {"step": 7})
+    path = save_checkpoint(tmp_path, "step-0000000007", model, optimizer, {"step": 7})
     aside = path.rename(tmp_path / "step-0000000007.replaced")
     assert checkpoint.newest(tmp_path) == (aside, [])
     assert checkpoint.choose(tmp_path, "7") == aside
     assert checkpoint.prune(tmp_path, 1, 0) == []
     assert checkpoint.verify(aside) == ""
-    again = checkpoint.save(tmp_path, "step-0000000007", model, optimizer, {"step": 7})
+    again = save_checkpoint(tmp_path, "step-0000000007", model, optimizer, {"step": 7})
     assert checkpoint.newest(tmp_path) == (again, [])
     shutil.copytree(again, aside, dirs_exist_ok=True)
     assert checkpoint.steps_saved(tmp_path) == [again]
@@ -344,9 +345,9 @@ def test_room_is_about_what_a_checkpoint_takes(tmp_path):
     optimizer = build_optimizer(model, OptimizerSettings())
     Objective(model, 0.1)(Batch.padded([[5, 6, 3]], [[7, 3]]))[0].backward()
     optimizer.step()
-    path = checkpoint.save(tmp_path, "step-0000000001", model, optimizer, {"step": 1})
+    path = save_checkpoint(tmp_path, "step-0000000001", model, optimizer, {"step": 1})
     taken = sum(file.stat().st_size for file in path.iterdir())
-    assert taken <= checkpoint.room_needed(model) <= 1.1 * taken
+    assert taken <= room_needed(model) <= 1.1 * taken
 
 
 @pytest.mark.parametrize(
@@ -422,7 +423,7 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
 def test_average_is_the_mean_of_the_weights(tmp_path):
     models = [trained(seed)[0] for seed in range(3)]
     for step, model in enumerate(models):
-        checkpoint.save(tmp_path, checkpoint.checkpoint_name(step), model, None, {"step": step})
+        save_checkpoint(tmp_path, checkpoint.checkpoint_name(step), model, None, {"step": step})
     name = average(tmp_path, checkpoint.steps_saved(tmp_path))
     found = trained()[0]
     weights.load_module(found, checkpoint.choose(tmp_path, name) / checkpoint.MODEL)
@@ -449,7 +450,7 @@ def test_everything_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Path, "rename", lambda self, to: (events.append("rename"), rename(self, to))[1]
     )
-    checkpoint.save(tmp_path, "step-0000000001", *trained(), {})
+    save_checkpoint(tmp_path, "step-0000000001", *trained(), {})
     before = [Path(event).name for event in events[: events.index("rename")]]
     assert set(before) >= {"model.safetensors", "optimizer.safetensors", "state.json"}
     assert before[-2] == "MANIFEST.json"

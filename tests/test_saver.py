@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import files_of, same, train_step, trained
+from tiny_model import files_of, same, save_checkpoint, train_step, trained
 
 from dtrain import checkpoint, fault, weights
 from dtrain.checkpoint import CheckpointError, checkpoint_name
 from dtrain.preemption import StopSignal
-from dtrain.saver import MOST_FAILURES, Saver, Staging
+from dtrain.saver import MOST_FAILURES, Saver, Staging, contents
 
 BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "in a thread"])
 STAGES = [point for point in fault.POINTS if "save" in point or "prune" in point]
@@ -95,7 +95,7 @@ def test_a_save_holds_the_values_of_its_step(saver, asynchronous):
     model, optimizer = trained()
     with saver(asynchronous=asynchronous) as its:
         its.save(2, model, optimizer, {"step": 2})
-        expected = checkpoint.save(
+        expected = save_checkpoint(
             saver.folder.parent, checkpoint_name(2), model, optimizer, {"step": 2}
         )
     assert files_of(saver.folder / checkpoint_name(2)) == files_of(expected)
@@ -136,11 +136,11 @@ def test_staging_is_allocated_once_and_shares_no_memory():
     def places(tensors: dict[str, dict[str, torch.Tensor]]) -> list[int]:
         return [tensor.data_ptr() for named in tensors.values() for tensor in named.values()]
 
-    first = staging.copy(checkpoint.contents(model, optimizer))
+    first = staging.copy(contents(model, optimizer))
     begun = places(first)
-    assert not set(begun) & set(places(checkpoint.contents(model, optimizer)))
+    assert not set(begun) & set(places(contents(model, optimizer)))
     train_step(model, optimizer)
-    live = checkpoint.contents(model, optimizer)
+    live = contents(model, optimizer)
     assert not same(first[checkpoint.MODEL], live[checkpoint.MODEL])
     second = staging.copy(live)
     assert places(second) == begun
@@ -207,7 +207,7 @@ def test_a_judgement_waits_for_its_checkpoint_and_nobody_for_it(saver, slow_disk
 def test_old_ones_are_pruned_and_the_one_gone_on_from_stays(saver, asynchronous):
     model, optimizer = trained()
     saver.folder.mkdir()
-    origin = checkpoint.save(saver.folder, checkpoint_name(5), model, optimizer, {"step": 5})
+    origin = save_checkpoint(saver.folder, checkpoint_name(5), model, optimizer, {"step": 5})
     (saver.folder / ".tmp-step-0000000006-99").mkdir()
     seen = []
     changes = {"keep_last": 1, "protect": origin, "on_saved": lambda _: seen.append(saver.steps())}
@@ -270,7 +270,7 @@ def test_a_kill_at_any_point_leaves_a_good_checkpoint(saver, point, asynchronous
 @pytest.mark.slow
 def test_a_kill_while_the_only_checkpoint_is_replaced_keeps_one(saver, point):
     model, optimizer = trained(seed=1)
-    checkpoint.save(saver.folder, checkpoint_name(4), model, optimizer, {"step": 4})
+    save_checkpoint(saver.folder, checkpoint_name(4), model, optimizer, {"step": 4})
 
     def replace() -> None:
         with saver(asynchronous=False, keep_last=1) as its:
@@ -286,7 +286,7 @@ def test_a_kill_while_the_only_checkpoint_is_replaced_keeps_one(saver, point):
 @pytest.mark.slow
 def test_a_kill_between_the_two_renames_keeps_the_old_one(saver):
     model, optimizer = trained(seed=1)
-    checkpoint.save(saver.folder, checkpoint_name(4), model, optimizer, {"step": 4})
+    save_checkpoint(saver.folder, checkpoint_name(4), model, optimizer, {"step": 4})
     before = files_of(saver.folder / checkpoint_name(4))
 
     def replace() -> None:

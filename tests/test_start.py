@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import save_checkpoint
 from worlds import run_world
 
 from dtrain import __main__, checkpoint, lock, start
@@ -220,7 +221,7 @@ def test_fine_tuning_begins_with_the_best_checkpoint_and_once(toy, trained, tmp_
     data = PreparedData.open(tmp_path / "tokens")
     state = {"step": 1, "data": identity(data, build_plan(config, data))}
     folder = config.run_dir / "checkpoints"
-    own = checkpoint.save(folder, "step-0000000001", torch.nn.Linear(1, 1), None, state)
+    own = save_checkpoint(folder, "step-0000000001", torch.nn.Linear(1, 1), None, state)
     ready = make_ready(config)
     assert ready.resume_from == own
     assert ready.weights_from is None

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_model import trained
+from tiny_model import save_checkpoint, trained
 
 from dtrain import checkpoint
 from dtrain.__main__ import main
@@ -19,7 +19,7 @@ def run(tmp_path: Path) -> RunDirectory:
     run = RunDirectory(tmp_path / "run")
     for step in (9, 10, 100):
         name = checkpoint.checkpoint_name(step)
-        checkpoint.save(run.checkpoints, name, *trained(steps=1), {"step": step})
+        save_checkpoint(run.checkpoints, name, *trained(steps=1), {"step": step})
     checkpoint.note_judgement(run.checkpoints / checkpoint.checkpoint_name(10), 35.971, {})
     average(run.checkpoints, checkpoint.steps_saved(run.checkpoints))
     run.config_file.write_text("", encoding="utf-8")
@@ -92,7 +92,7 @@ def test_one_that_was_set_aside_is_shown_but_counts_only_if_it_was_the_last(run,
 def test_one_of_a_newer_dtrain_is_not_called_damaged(run, capsys, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
     model, optimizer = trained()
-    checkpoint.save(run.checkpoints, "step-0000000200", model, optimizer, {"step": 200})
+    save_checkpoint(run.checkpoints, "step-0000000200", model, optimizer, {"step": 200})
     monkeypatch.undo()
     code, lines = verify(run, capsys)
     assert code == 1

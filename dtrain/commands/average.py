@@ -43,7 +43,7 @@ def average(folder: Path, checkpoints: Sequence[Path]) -> str:
     import torch
 
     from dtrain.checkpoint import MODEL, CheckpointError, read_state, verify, write
-    from dtrain.weights import read_file
+    from dtrain.weights import file_content, read_file
 
     for path in checkpoints:
         problem = verify(path)
@@ -56,5 +56,6 @@ def average(folder: Path, checkpoints: Sequence[Path]) -> str:
     mean = {key: (total / len(checkpoints)).float() for key, total in sums.items()}
     step = read_state(checkpoints[0])["step"]
     name = f"average-{step:010d}-of-{len(checkpoints)}"
-    write(folder, name, {MODEL: mean}, {"step": step, "averaged": [c.name for c in checkpoints]})
+    state = {"step": step, "averaged": [path.name for path in checkpoints]}
+    write(folder, name, {MODEL: file_content(mean)}, state)
     return name
