@@ -36,6 +36,16 @@ class StopSignal:
         """Name the signal that was received, or nothing."""
         return "" if self.received is None else signal.Signals(self.received).name
 
+    def exit_code(self, environ: Mapping[str, str] = os.environ) -> int:
+        """Give the code with which a rank leaves a training that is not over.
+
+        It is 0, unless torchrun may start ranks again and this one was not told itself. Then it
+        leaves because a rank of another node does: torchrun would take a 0 for the end of the
+        training, and 1 lets it go on with the nodes that are left.
+        """
+        may_restart = int(environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0
+        return 1 if may_restart and self.received is None else 0
+
     def __enter__(self) -> "StopSignal":
         heeded = [s for s in STOP_SIGNALS if s != signal.SIGHUP or not is_ignored(s)]
         self._previous = {number: signal.signal(number, self._handle) for number in heeded}

@@ -59,6 +59,7 @@ def run(config: Config, allowed: Collection[str] = ()) -> int:
         allowed: what may have changed since the run began, as `--allow-changed` names it.
     """
     deadline = Deadline(config.run.time_limit)
+    is_over = False
     with (
         StopSignal() as stop,
         connect(config.run.device, config.distributed.first_step_timeout) as world,
@@ -66,8 +67,8 @@ def run(config: Config, allowed: Collection[str] = ()) -> int:
     ):
         if ready is not None:
             with watched(ready, world) as heartbeat:
-                Training(ready, world, stop, deadline, heartbeat).run()
-    return 0
+                is_over = Training(ready, world, stop, deadline, heartbeat).run()
+    return 0 if is_over else stop.exit_code()
 
 
 class Training:
@@ -105,14 +106,18 @@ class Training:
             load_module(self.learner.model, self.ready.weights_from / checkpoint.MODEL)
         return Progress()
 
-    def run(self) -> None:
-        """Train until the last step, the last epoch, lost patience or a signal."""
+    def run(self) -> bool:
+        """Train until the last step, the last epoch, lost patience or a signal.
+
+        Returns:
+            Whether it ends here: it is finished, or the time is up.
+        """
         if self.end_reached() and not self.validation_is_due():
             if self.world.is_main:
                 why = f"finished at step {self.progress.step}"
                 self.directory.write_status("completed", self.progress.step, 0, why)
                 sys.stdout.write(f"{self.directory.path} is {why} already\n")
-            return
+            return True
         sampler = DistributedTokenSampler(self.plan, self.world.size, self.world.rank)
         on_gpu = self.world.device.type == "cuda"
         with (
@@ -126,7 +131,7 @@ class Training:
             if not self.end_reached():
                 self.rehearse()
                 self.train(loader)
-            self.conclude()
+            return self.conclude()
 
     def train(self, loader: Loader) -> None:
         """Run steps until one is the last."""
@@ -380,24 +385,30 @@ class Training:
         for line in [*self.ready.notices, *what, where]:
             self.metrics.message(line)
 
-    def conclude(self) -> None:
-        """Say how it ended, for people and for scripts, once all is on disk."""
+    def conclude(self) -> bool:
+        """Say how it ended, for people and for scripts, once all is on disk.
+
+        Returns:
+            Whether it ends here: it is finished, or the time is up.
+        """
         with self.patiently("leaving"):
             if self.saver is not None:
                 self.saver.wait()
             self.world.meet()
         step = self.progress.step
+        (time_is_up,) = self.world.agree(step, self.deadline.is_near())
         status: Status
         finished = self.end_reached() and not self.validation_is_due()
         if finished:
             status, why = "completed", f"finished at step {step}"
         else:
-            near = self.deadline.reason if self.deadline.is_near() else "a signal to another rank"
+            near = self.deadline.reason if time_is_up else "a signal to another rank"
             status, why = "preempted", f"stopped by {self.stop.reason or near} after step {step}"
         if self.world.is_main:
             self.directory.write_status(status, step, 0, why)
         self.metrics.message(why + ("" if finished else "; the same command goes on"))
         self.metrics.close(status)
+        return finished or time_is_up
 
 
 if __name__ == "__main__":

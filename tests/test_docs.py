@@ -159,7 +159,8 @@ def command_in(text: str) -> tuple[str, list[str]]:
         words = shlex.split(part, comments=True)
         if words[:1] == ["dtrain"] and words[1:]:
             return words[1], words[2:]
-        for launcher in ("dtrain.train", "launch/local.sh"):
+        scripts = ("launch/local.sh", "launch/slurm.sbatch", "launch/srun.sbatch")
+        for launcher in ("dtrain.train", *scripts):
             if launcher in words:
                 return "train", words[words.index(launcher) + 1 :]
     return "", []

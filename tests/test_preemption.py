@@ -195,3 +195,11 @@ def test_an_end_that_cannot_be_is_left_alone(clock, end):
     deadline = Deadline(None, clock, {"SLURM_JOB_END_TIME": end})
     clock.now += 1e9
     assert not deadline.is_near()
+
+
+def test_only_a_rank_that_was_not_told_itself_asks_torchrun_to_go_on():
+    elastic, stop = {"TORCHELASTIC_MAX_RESTARTS": "3"}, StopSignal()
+    assert stop.exit_code(elastic) == 1
+    assert stop.exit_code({"TORCHELASTIC_MAX_RESTARTS": "0"}) == stop.exit_code({}) == 0
+    stop.received = signal.SIGTERM
+    assert stop.exit_code(elastic) == 0

@@ -8,9 +8,9 @@ import pytest
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "promises.md"
-EXPECTED = [f"{chapter}{n}" for chapter, last in zip("ABCD", (9, 9, 6, 9), strict=True)
+EXPECTED = [f"{chapter}{n}" for chapter, last in zip("ABCD", (10, 9, 6, 9), strict=True)
             for n in range(1, last + 1)]  # fmt: skip
-ROW = re.compile(r"^\| ([A-E]\d) \| (.+) \| (.+) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| ([A-E]\d+) \| (.+) \| (.+) \|$", re.MULTILINE)
 ROWS = {name: re.findall(r"`(\S+\.py)::(\w+)`", tests) for name, _, tests in ROW.findall(
     PAGE.read_text(encoding="utf-8"))}  # fmt: skip
 
