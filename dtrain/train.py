@@ -126,9 +126,11 @@ class Training:
             Loader(sampler, self.data.train, self.progress.cursor, on_gpu) as loader,
         ):
             self.announce()
-            if self.validation_is_due():  # a stop came before it
+            stopping = False
+            if self.validation_is_due():  # a stop came before it, and another may come now
                 self.judge()
-            if not self.end_reached():
+                (stopping,) = self.world.agree(self.progress.step, self.wants_to_stop())
+            if not stopping and not self.end_reached():
                 self.rehearse()
                 self.train(loader)
             return self.conclude()
@@ -257,8 +259,10 @@ class Training:
         self.at(phase, self.progress.step)
         before = self.heartbeat.timeout
         self.heartbeat.timeout = max(before, self.config.distributed.first_step_timeout)
-        yield
-        self.heartbeat.timeout = before
+        try:
+            yield
+        finally:
+            self.heartbeat.timeout = before
 
     def validation_is_due(self) -> bool:
         """Whether this step's model is still to be judged: at each period, and at the end."""

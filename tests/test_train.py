@@ -96,6 +96,27 @@ def test_a_validation_that_a_stop_cut_off_is_made_up_for(toy):
     assert [x["step"] for x in metrics_of(toy("stopped")) if "validation/bleu" in x] == [5, 10, 12]
 
 
+def run_and_stop_in_validation(config: Config, step: int) -> int:
+    """Train; the last rank gets SIGTERM in the middle of a step's validation."""
+    with pytest.MonkeyPatch.context() as patch:
+        where = f"rank={int(os.environ['WORLD_SIZE']) - 1},step={step},point=in_validation"
+        patch.setenv(fault.VARIABLE, f"{where},signal=TERM")
+        return train.run(config)
+
+
+@pytest.mark.slow
+def test_a_validation_that_is_cut_short_twice_is_made_all_the_same(toy):
+    settings = {"validation__every_steps": 5, "validation__beam_size": 1}
+    straight, stopped = toy("straight", **settings), toy("stopped", **settings)
+    run_world(2, run, straight)
+    for _ in range(2):
+        assert run_world(2, run_and_stop_in_validation, stopped, 5) == [0, 0]
+        assert (status_of(stopped)["status"], status_of(stopped)["step"]) == ("preempted", 5)
+    run_world(2, run, stopped)
+    assert metrics_of(stopped) == metrics_of(straight)
+    assert last_weights(stopped) == last_weights(straight)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 4])
 def test_more_ranks_and_several_buckets_go_on_bit_for_bit(toy, size):
