@@ -1,5 +1,6 @@
 """World: ranks, devices and every collective. One process is a world of one."""
 
+import faulthandler
 import inspect
 import os
 import threading
@@ -145,7 +146,7 @@ class World:
             )
 
     def meet(self) -> None:
-        """Wait until every rank is here, however long that takes.
+        """Wait until every rank is here, for as long as the heartbeat lets them.
 
         For what lasts longer on one rank than collectives may wait for each other; a rank that
         never comes is the heartbeat's business.
@@ -267,6 +268,8 @@ def connect(device: str, timeout: int) -> Iterator[World]:
     else:
         store, rank, size = HashStore(), 0, 1
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if chosen.type == "cuda":  # NCCL connects here, and waits for ever for whom it cannot reach
+        faulthandler.dump_traceback_later(timeout + SECONDS_TO_LEAVE, exit=True)
     dist.init_process_group(
         backend,
         store=c10d.PrefixStore("groups", store),
@@ -275,6 +278,7 @@ def connect(device: str, timeout: int) -> Iterator[World]:
         timeout=limit,
         device_id=chosen if chosen.type == "cuda" else None,
     )
+    faulthandler.cancel_dump_traceback_later()
     world = World(rank, size, local_size, chosen, c10d.PrefixStore("dtrain", store))
     yield world
     # Only on success: after an error a peer may be stuck in a collective, and cleaning up joins it.

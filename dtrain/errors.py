@@ -10,7 +10,13 @@ SECONDS_FOR_RANK_0 = 10.0
 
 
 class UserError(Exception):
-    """A mistake in a file, a setting or a command; its text names the mistake and what to do."""
+    """A mistake in a file, a setting or a command; its text names the mistake and what to do.
+
+    Attributes:
+        code: the exit code; 1 for what may be well at the next start.
+    """
+
+    code = 2
 
 
 class GiveUpError(Exception):
@@ -19,7 +25,7 @@ class GiveUpError(Exception):
 
 def exit_code(error: BaseException) -> int:
     """Give the exit code of a process that an error ends: 2 for a mistake of the user, else 1."""
-    return 2 if isinstance(error, UserError) else 1
+    return error.code if isinstance(error, UserError) else 1
 
 
 @contextmanager

@@ -110,6 +110,7 @@ class Learner:
         weight = self.reduction.scale / step.plan.num_target_tokens
         at("before_backward", number)
         for count, (index, batch) in enumerate(step.micro_batches, start=1):
+            at("in_backward", number)  # a move each: all of them may take longer than a time-out
             seed_position(self.config.run.seed, number, index)
             with self.reduction.micro_batch(is_last=count == len(step.micro_batches)):
                 sums[index] += self.backward(batch, weight)

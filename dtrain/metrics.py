@@ -202,7 +202,8 @@ class Record:
         last_line = _cut(self.path, resume_step)
         self._last = json.loads(last_line) if last_line else {"step": 0}
         self._metrics = _Lines(self.path, len(last_line))
-        _cut(run / "samples.jsonl", resume_step)
+        last_sample = _cut(run / "samples.jsonl", resume_step)
+        self._sampled_step = json.loads(last_sample)["step"] if last_sample else 0
         self._samples = _Lines(run / "samples.jsonl", 0)
         _cut(run / "skipped.jsonl", resume_step)
 
@@ -217,7 +218,10 @@ class Record:
         self._last = line
 
     def add_samples(self, step: int, rows: Iterable[Mapping[str, str]]) -> None:
-        """Write one line for each row."""
+        """Write one line for each row, unless a start before this one has: the same bits."""
+        if step == self._sampled_step:
+            return
+        self._sampled_step = step
         self._samples.write(b"".join(_json_line({"step": step, **row}) for row in rows))
 
     def add_skipped(self, facts: Mapping[str, Any]) -> None:

@@ -85,8 +85,9 @@ def seconds_of(limit: float | str) -> float:
 class Deadline:
     """The moment at which this process will be ended, and how long before it must leave.
 
-    One more step and a save must fit in before it. They may take as long as the longest so far,
-    and `RESERVE_SECONDS` on top: for leaving, and for what was never measured.
+    One more step and two saves must fit in before it, since one may be in flight when the last is
+    wanted. They may take as long as the longest so far, and `RESERVE_SECONDS` on top: for leaving,
+    and for what was never measured.
 
     Args:
         time_limit: what `seconds_of` reads, counted from now; if None, the end of the SLURM job
@@ -126,7 +127,7 @@ class Deadline:
     @property
     def margin(self) -> float:
         """Seconds before the end at which there is no time for another step."""
-        return self._longest_step + self._longest_save + RESERVE_SECONDS
+        return self._longest_step + 2 * self._longest_save + RESERVE_SECONDS
 
     def is_near(self) -> bool:
         """Whether to save and leave now."""

@@ -32,6 +32,12 @@ Tensors = dict[str, dict[str, Tensor]]
 """By file and name."""
 
 
+class SaveFailedError(CheckpointError):
+    """The disk took no checkpoint; at the next start it may, and there must be room at least."""
+
+    code = 1
+
+
 def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     """Give the tensors of a checkpoint; not copies but the tensors themselves.
 
@@ -116,7 +122,7 @@ class Saver:
         Waits for the save before, if that is still being written.
 
         Raises:
-            CheckpointError: if too many saves in a row have failed.
+            SaveFailedError: if too many saves in a row have failed.
         """
         self._finish()
         self._check()
@@ -127,7 +133,7 @@ class Saver:
         """Add to a step's checkpoint how it was judged, once it is written; does not wait for that.
 
         Raises:
-            CheckpointError: if too many saves in a row have failed.
+            SaveFailedError: if too many saves in a row have failed.
         """
         while self._queue and self._queue[0].done():
             self._queue.popleft().result()
@@ -138,11 +144,11 @@ class Saver:
         """Wait until everything is on disk.
 
         Raises:
-            CheckpointError: if the last save failed.
+            SaveFailedError: if the last save failed.
         """
         self._finish()
         if self._failures:
-            raise CheckpointError(self._explain("the last save failed"))
+            raise SaveFailedError(self._explain("the last save failed"))
 
     def _do(self, task: Callable[[], None]) -> None:
         if self._writer is None:
@@ -157,7 +163,7 @@ class Saver:
 
     def _check(self) -> None:
         if len(self._failures) >= MOST_FAILURES:
-            raise CheckpointError(self._explain(f"{MOST_FAILURES} saves in a row failed"))
+            raise SaveFailedError(self._explain(f"{MOST_FAILURES} saves in a row failed"))
 
     def _explain(self, what: str) -> str:
         error = self._failures[-1]

@@ -16,7 +16,7 @@ def watched(ready: Ready, world: World) -> Iterator[Heartbeat]:
     directory, patience = RunDirectory(ready.config.run_dir), ready.config.distributed
 
     def note_failure(message: str) -> None:
-        if world.is_main:
+        if ready.lock is not None and ready.lock.beat():  # rank 0, if the run is still its own
             directory.note_failure(ready.attempt, RuntimeError(message))
 
     with (

@@ -92,6 +92,7 @@ class Training:
         self.plan = build_plan(config, self.data)
         self.progress = self.restore()
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
+        self.saves_begun: dict[int, float] = {}
 
     def restore(self) -> Progress:
         """Go on from the checkpoint that rank 0 chose, or begin."""
@@ -288,6 +289,7 @@ class Training:
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         with self.patiently("saving"):
             if self.saver is not None:
+                self.saves_begun[self.saved_step] = self.saved_at
                 state = {
                     "step": self.progress.step,
                     "progress": self.progress.to_json(),
@@ -298,11 +300,11 @@ class Training:
                 self.saver.save(
                     self.progress.step, self.learner.model, self.learner.optimizer, state
                 )
-            self.world.meet()  # a slow disk may take longer than collectives wait
+            self.world.meet()  # a slow disk may take longer than collectives wait for each other
 
     def note_saved(self, step: int) -> None:
         """Say that a checkpoint is on disk; called where it was written."""
-        self.deadline.note_save(time.monotonic() - self.saved_at)
+        self.deadline.note_save(time.monotonic() - self.saves_begun.pop(step))
         name = checkpoint.checkpoint_name(step)
         self.directory.write_status("running", step, None, f"saved {name}")
         self.metrics.message(f"saved {name}")
@@ -411,7 +413,8 @@ class Training:
         if self.world.is_main:
             self.directory.write_status(status, step, 0, why)
         self.metrics.message(why + ("" if finished else "; the same command goes on"))
-        self.metrics.close(status)
+        with self.patiently("leaving"):  # W&B may take a while
+            self.metrics.close(status)
         return finished or time_is_up
 
 

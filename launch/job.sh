@@ -48,6 +48,7 @@ print(parse(sys.argv[1:]).run_dir.absolute())' "$@") || exit 2
     # A collective on GPUs that hangs leaves a record of what each rank was doing.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=2000
     export TORCH_FR_DUMP_TEMP_FILE=$run/nccl-$rendezvous-rank-
+    before=$(cat "$run/status.json" 2>/dev/null)
     say "attempt $((attempt + 1)): $SLURM_JOB_NUM_NODES nodes x $processes processes," \
         "rendezvous at $MASTER_ADDR:$MASTER_PORT, run $run"
 }
@@ -69,6 +70,11 @@ conclude() {
     local verdict
     # A task's exit code tells nothing: torchrun makes 1 of every stop.
     verdict=$("${container[@]}" python -m dtrain status "$run" --verdict) || verdict=stop
+    if [[ $verdict == completed && $code != 0 ]] &&
+        [[ $(cat "$run/status.json" 2>/dev/null) == "$before" ]]; then
+        say "the run was completed before; this attempt did not get as far as to go on with it"
+        verdict=stop
+    fi
     say "the step ended with code $code; verdict: $verdict"
     if [[ $verdict == completed ]]; then
         exit 0

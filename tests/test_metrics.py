@@ -133,6 +133,14 @@ def test_samples_are_one_line_each(tmp_path):
     assert "„Hund“" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
 
 
+def test_samples_of_a_validation_that_is_made_again_stand_once(tmp_path):
+    """Killed between the samples and the checkpoint's score, a run validates that step again."""
+    for step in (10, 20, 20, 30):
+        with open_metrics(tmp_path, resume_step=step) as metrics:
+            metrics.samples(step, ROWS)
+    assert [row["step"] for row in lines(tmp_path / "samples.jsonl")] == [10, 20, 30]
+
+
 def test_skipped_updates_name_their_sentences_each_step_once(tmp_path, capsys):
     for resume_step in (0, 3):
         with open_metrics(tmp_path, resume_step) as metrics:

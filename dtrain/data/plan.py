@@ -141,9 +141,10 @@ class BatchPlan:
 
     def window(self, epoch: int, index: int) -> list[Ids]:
         """Give the micro-batches of one window, in the order in which they are run."""
-        if self._window is None or self._window[0] != (epoch, index):
-            self._window = (epoch, index), self._pack_window(epoch, index)
-        return self._window[1]
+        window = self._window  # another thread may put its own there meanwhile
+        if window is None or window[0] != (epoch, index):
+            self._window = window = (epoch, index), self._pack_window(epoch, index)
+        return window[1]
 
     def steps(self, start: Cursor) -> Iterator[PlannedStep]:
         """Cut the stream into steps from `start` on, without end."""
