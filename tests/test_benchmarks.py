@@ -182,6 +182,7 @@ def test_correctness_is_checked(tiny_task):
 
 
 @compiles
+@pytest.mark.exhaustive
 def test_resume_is_checked(tiny_task):
     for row in gpu.resume(tiny_task):
         assert row["same weights"]

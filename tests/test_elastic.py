@@ -27,6 +27,7 @@ from dtrain.run_directory import RunDirectory
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 127.0.0.2 by itself"),
 ]
 
@@ -149,10 +150,10 @@ def leave(node: Node) -> None:
 @pytest.mark.parametrize(
     ("address", "go"),
     [
-        pytest.param("127.0.0.1", die, id="rank-0-dies", marks=pytest.mark.exhaustive),
-        pytest.param("127.0.0.2", die, id="rank-1-dies", marks=pytest.mark.exhaustive),
-        pytest.param("127.0.0.1", leave, id="rank-0-is-told", marks=pytest.mark.exhaustive),
-        pytest.param("127.0.0.2", leave, id="rank-1-is-told", marks=pytest.mark.exhaustive),
+        pytest.param("127.0.0.1", die, id="rank-0-dies"),
+        pytest.param("127.0.0.2", die, id="rank-1-dies"),
+        pytest.param("127.0.0.1", leave, id="rank-0-is-told"),
+        pytest.param("127.0.0.2", leave, id="rank-1-is-told"),
     ],
 )
 def test_a_node_goes_and_comes_back_and_the_run_ends_as_if_undisturbed(nodes, toy, address, go):
@@ -168,7 +169,6 @@ def test_a_node_goes_and_comes_back_and_the_run_ends_as_if_undisturbed(nodes, to
     assert_ended_as_if_undisturbed(nodes, toy)
 
 
-@pytest.mark.exhaustive
 def test_a_rank_that_lost_its_agent_leaves_when_a_node_comes(nodes, toy):
     staying, going = nodes.start("127.0.0.1"), nodes.start("127.0.0.2")
     begun = nodes.wait_for_training(2)
@@ -180,7 +180,6 @@ def test_a_rank_that_lost_its_agent_leaves_when_a_node_comes(nodes, toy):
     assert_ended_as_if_undisturbed(nodes, toy)
 
 
-@pytest.mark.exhaustive
 def test_a_killed_rank_is_started_again_by_its_agent(nodes, toy):
     staying, hit = nodes.start("127.0.0.1"), nodes.start("127.0.0.2")
     begun = nodes.wait_for_training(2)

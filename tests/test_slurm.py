@@ -18,7 +18,7 @@ from worlds import run_world
 
 from dtrain import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 STEPS = 120
 
@@ -163,7 +163,6 @@ def test_stopped_before_the_time_limit_and_preempted_it_ends_as_if_undisturbed(
     assert hashes(job.run) == undisturbed
 
 
-@pytest.mark.exhaustive
 def test_srun_starts_the_ranks_by_itself(submit, undisturbed):
     job = submit("--nodes=2", "--launcher=srun")
     job.wait_for_step(5)
@@ -176,7 +175,6 @@ def test_srun_starts_the_ranks_by_itself(submit, undisturbed):
     assert hashes(job.run) == undisturbed
 
 
-@pytest.mark.exhaustive
 def test_a_cancelled_job_saves_and_does_not_come_back(slurm, submit):
     job = submit("--nodes=2", by="sbatch")
     job.wait_for_step(5)
@@ -187,7 +185,6 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm, submit):
     assert "SLURM is ending this job itself, so it is not requeued here" in job.text
 
 
-@pytest.mark.exhaustive
 def test_a_job_that_gets_nowhere_is_given_up_at_the_third_attempt(slurm, submit, monkeypatch):
     fault = "step=2,point=before_optimizer,signal=KILL"
     monkeypatch.setitem(slurm.environment, "DTRAIN_FAULT", fault)

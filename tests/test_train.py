@@ -118,7 +118,7 @@ def test_a_validation_that_is_cut_short_twice_is_made_all_the_same(toy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_more_ranks_and_several_buckets_go_on_bit_for_bit(toy, size):
     """Over 2 MiB of gradients: DistributedDataParallel reduces them in several buckets."""
     same_after_a_stop(toy, size, model__feed_forward_dim=8192)
@@ -260,14 +260,17 @@ def worst_difference(found, expected) -> float:
     return max(float(np.abs(found[name] - expected[name]).max()) for name in expected)
 
 
-@pytest.mark.parametrize(
-    ("size", "accumulation"),
-    [
-        pytest.param(w, a, marks=[] if (w, a) in ((1, 1), (2, 2), (3, 1)) else pytest.mark.slow)
-        for w in (1, 2, 3, 4)
-        for a in (1, 2, 4)
-    ],
-)
+def worlds_and_accumulations() -> list[object]:
+    """Ranks, and micro-batches of each: some in every test run, the others take longer."""
+    marks = {
+        (w, a): [pytest.mark.slow, pytest.mark.exhaustive] for w in (1, 2, 3, 4) for a in (1, 2, 4)
+    }
+    marks |= {(1, 1): [], (2, 2): [], (3, 1): []}
+    marks |= {(4, 1): [pytest.mark.slow], (3, 2): [pytest.mark.slow]}
+    return [pytest.param(w, a, marks=marks[w, a]) for w, a in marks]
+
+
+@pytest.mark.parametrize(("size", "accumulation"), worlds_and_accumulations())
 def test_gradients_are_those_of_one_process_in_float64(toy, size, accumulation):
     count = size * accumulation
     config = toy("run", batch__tokens_per_step=128 * count, model__dropout=0.0)
