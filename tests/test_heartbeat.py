@@ -168,6 +168,7 @@ def test_a_rank_that_hangs_in_python_is_named_as_the_one_behind(tmp_path):
     assert "in sleep_on_rank_1" in log_of(tmp_path, 1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_rank_whose_interpreter_is_blocked_is_named_by_the_others(tmp_path):
@@ -177,6 +178,7 @@ def test_a_rank_whose_interpreter_is_blocked_is_named_by_the_others(tmp_path):
     assert re.search(blame, results[0][1])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_if_all_wait_in_one_place_nobody_is_accused(tmp_path):
@@ -185,6 +187,7 @@ def test_if_all_wait_in_one_place_nobody_is_accused(tmp_path):
     assert all("all 2 ranks wait at step 1, backward" in text for _, text in results)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_one_process_alone_is_watched_too(tmp_path):
@@ -193,6 +196,7 @@ def test_one_process_alone_is_watched_too(tmp_path):
     assert f"{name_of(tmp_path, 0)} hangs at step 1, backward" in text
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("on_stuck", [lambda _: time.sleep(60), lambda _: 1 / 0])
@@ -205,6 +209,7 @@ def test_what_happens_on_the_way_out_holds_nobody_up(tmp_path, monkeypatch, on_s
     assert "hangs at step 1, backward" in text
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_who_cannot_write_accuses_nobody(tmp_path):
@@ -361,6 +366,7 @@ def test_a_rank_that_was_not_seen_yet_is_named(tmp_path):
     assert re.search(r"rank 0: nothing has moved for \d s; rank 1 has not begun\n", text)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_suspended_job_is_not_stuck_when_it_goes_on(tmp_path):

@@ -35,7 +35,8 @@ def points_and_ranks() -> list[object]:
     for point in POINTS:
         alone = point.startswith("in_save") or "prune" in point or point == "in_preparation"
         for rank in (0,) if alone else (0, 1):
-            marks = [] if point in OFTEN else [pytest.mark.exhaustive]
+            often = point in OFTEN and (alone or rank == 1)
+            marks = [] if often else [pytest.mark.exhaustive]
             found.append(pytest.param(point, rank, marks=[pytest.mark.slow, *marks]))
     return found
 

@@ -592,6 +592,7 @@ def run_checking_every_step(config: Config) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ranks_agree_bit_for_bit_after_each_of_fifty_steps(toy):
     config = toy("run", run__max_steps=50)
     assert run_world(3, run_checking_every_step, config) == [0] * 3
