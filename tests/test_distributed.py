@@ -82,6 +82,7 @@ def meet_late(world):
     return waited
 
 
+@pytest.mark.slow
 def test_a_meeting_waits_longer_than_collectives_do():
     # Seconds of a collective's time-out cannot be fewer than one.
     assert in_world(2, meet_late, timeout=1) == [[True, False], [False, True]]

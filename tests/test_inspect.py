@@ -12,6 +12,8 @@ from dtrain.__main__ import main
 from dtrain.inspection import inspect_step
 from dtrain.weights import load_module
 
+pytestmark = pytest.mark.slow  # all of it looks at a trained run
+
 
 @pytest.fixture
 def run(trained):

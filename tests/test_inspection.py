@@ -32,6 +32,8 @@ CHANGES = {
     "optimizer__max_grad_norm": 0.5,
 }
 
+pytestmark = pytest.mark.slow  # all of it looks at a trained run
+
 
 def train_a_run(toy: Toy, name: str, **changes: object) -> Path:
     config = toy(name, checkpoint__every_steps=4, **(CHANGES | changes))

@@ -56,6 +56,7 @@ def refused(config, room: int) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_too_large_a_micro_batch_is_refused_with_one_that_fits(toy):
     size = 2**19
     config = toy("run", batch__tokens_per_step=size, batch__tokens_per_micro_batch=size)

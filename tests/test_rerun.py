@@ -20,6 +20,8 @@ from dtrain.optimizer import clip_gradients
 from dtrain.parts import build_model, build_plan, seed_position
 from dtrain.rerun import Rerun
 
+pytestmark = pytest.mark.slow  # all of it looks at a trained run
+
 
 @pytest.fixture
 def parts(toy):

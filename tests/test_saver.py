@@ -220,6 +220,7 @@ def test_old_ones_are_pruned_and_the_one_gone_on_from_stays(saver, asynchronous)
     assert saver.hidden() == []
 
 
+@pytest.mark.slow
 @BOTH
 def test_async_saves_stall_under_a_tenth(saver, monkeypatch, asynchronous):
     """On a disk that takes 0.1 s for each file."""

@@ -86,6 +86,7 @@ def test_stop_and_go_on_is_the_same_run_bit_for_bit(toy):
     same_after_a_stop(toy, 1)
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_at_the_same_step_and_go_on_the_same(toy):
     same_after_a_stop(toy, 2, validation__every_steps=6, validation__beam_size=2)
 
@@ -160,6 +161,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(toy):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_tree_gives_the_same_bits_on_any_number_of_ranks(toy, size):
     """The reference is one rank; dropout is on."""
@@ -282,6 +284,7 @@ def test_gradients_are_those_of_one_process_in_float64(toy, size, accumulation):
         assert worst_difference(means, expected) > 1e-5, "the usual mistake would go unnoticed"
 
 
+@pytest.mark.slow
 def test_gradients_of_the_tree_are_those_of_one_process_in_float64(toy):
     config = toy("run", model__dropout=0.0, distributed__reduction="tree")
     expected = run_world(1, reference_gradients, config)[0]
@@ -289,6 +292,7 @@ def test_gradients_of_the_tree_are_those_of_one_process_in_float64(toy):
         assert worst_difference(found, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_uneven_shares_give_the_same_gradients(toy):
     """Four micro-batches on three ranks: two of the ranks run an empty one besides."""
     config = toy("run", model__dropout=0.0)
@@ -328,6 +332,7 @@ def test_only_rank_0_writes(toy):
 # ------------------------------------------------------------------ starts and refusals
 
 
+@pytest.mark.slow
 def test_missing_tokens_are_prepared_by_rank_0(toy, tmp_path):
     config = toy("run", run__max_steps=2, data__dir=tmp_path / "tokens")
     assert run_world(2, run, config) == [0, 0]
@@ -362,6 +367,7 @@ def test_changed_settings_are_refused_and_named(toy):
     assert "--run.name=" in message
 
 
+@pytest.mark.slow
 def test_changed_text_is_refused(toy, toy_text, tmp_path):
     run_world(1, run, toy("run", run__max_steps=2))
     lines = (toy_text / "train.en").read_text(encoding="utf-8").split("\n")
@@ -376,6 +382,7 @@ def test_changed_text_is_refused(toy, toy_text, tmp_path):
     assert (changed.run_dir / "vocabulary.model").read_bytes() == vocabulary
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_and_a_finished_run_stays_as_it_is(toy):
     run_world(1, run, toy("run", run__max_steps=3))
     run_world(1, run, toy("run", run__max_steps=6))
@@ -387,6 +394,7 @@ def test_more_steps_go_on_and_a_finished_run_stays_as_it_is(toy):
     assert [line["step"] for line in metrics_of(toy("run"))] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_epochs_end_a_run(toy):
     config = toy("run", run__max_steps=0, run__max_epochs=2)
     run_world(1, run, config)
@@ -395,6 +403,7 @@ def test_epochs_end_a_run(toy):
     assert status_of(config)["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_another_runs_weights_and_vocabulary(toy, toy_text, tmp_path):
     base = toy("base", run__max_steps=3)
     run_world(1, run, base)
@@ -579,6 +588,7 @@ def run_diverging(config: Config) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["ddp", "tree"])
 def test_a_rank_whose_weights_diverge_is_caught_at_the_next_check(toy, reduction):
     config = toy("run", distributed__reduction=reduction)
