@@ -1,15 +1,20 @@
+import hashlib
+import itertools
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 
-from dtrain.data import preparation, store
+from dtrain.data import encoding, preparation, store
 from dtrain.data.corpus import read_lines
 from dtrain.data.preparation import prepare, prepared_directory
 from dtrain.data.settings import DataSettings, VocabularySettings
-from dtrain.data.store import PreparedData
+from dtrain.data.store import MappedFile, PreparedData
 from dtrain.errors import UserError
 
 VOCABULARY = VocabularySettings(size=100, character_coverage=1.0)
@@ -179,6 +184,46 @@ def test_prepared_twice_it_is_the_same(ready, tmp_path):
     assert again.manifest.fingerprint == ready.manifest.fingerprint
 
 
+@pytest.mark.slow
+def test_any_number_of_processes_prepares_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK_PAIRS", 32)
+    data = settings(tmp_path / "text")
+    made = [tmp_path / name for name in ("one", "two")]
+    for number, directory in enumerate(made, start=1):
+        prepare(data, VOCABULARY, directory, silence, num_processes=number)
+    files = [sorted(path for path in place.rglob("*") if path.is_file()) for place in made]
+    assert [path.relative_to(made[0]) for path in files[0]] == [
+        path.relative_to(made[1]) for path in files[1]
+    ]
+    assert [path.name for path in files[0]].count("target.tokens") == 2
+    for one, two in zip(*files, strict=True):
+        assert one.read_bytes() == two.read_bytes(), one
+
+
+def test_hashes_and_sizes_are_those_of_the_files(ready):
+    found = {
+        path.relative_to(ready.directory).as_posix(): (
+            path.stat().st_size,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        for path in ready.directory.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+    assert {name: (r.size, r.sha256) for name, r in ready.manifest.files.items()} == found
+
+
+def test_offsets_are_where_sentences_begin(ready):
+    for side, tokens in (("source", 0), ("target", 1)):
+        offsets = np.fromfile(ready.directory / "train" / f"{side}.offsets", np.int64)
+        ends = [row.tolist().index(3) + 1 for row in rows_of(ready.train, tokens)]
+        assert offsets.tolist() == [0, *itertools.accumulate(ends)]
+
+
+def rows_of(train, side: int):
+    """Each sentence of a side, gathered alone."""
+    return [train.gather(np.array([i]))[side][0] for i in range(len(train))]
+
+
 def test_other_content_has_another_fingerprint(ready, tmp_path):
     shorter = prepared(settings(tmp_path / "shorter", max_length=28))
     assert shorter.manifest.fingerprint != ready.manifest.fingerprint
@@ -229,11 +274,14 @@ def test_other_settings_do_not_overwrite_a_named_directory(tmp_path):
 
 
 def test_progress_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "SECONDS_BETWEEN_REPORTS", 0.0)
-    told = []
-    prepared(settings(tmp_path / "text"), report=told.append)
+    monkeypatch.setattr(preparation, "PAIRS_BETWEEN_CLOCKS", 100)
+    data, told = settings(tmp_path / "text"), []
+    directory = prepared_directory(data, VOCABULARY)
+    prepare(data, VOCABULARY, directory, told.append, seconds_between_reports=0)
+    assert re.fullmatch(r"prepare: reading train: 100 pairs, [\d,]+ a second", told[0])
     assert "prepare: learning 100 pieces from 299 pairs" in told
-    assert "prepare: train 299/299 pairs" in told
+    encoding = r"prepare: encoding train: 200 of 300 pairs, [\d,]+ a second, 0:0\d left"
+    assert any(re.fullmatch(encoding, line) for line in told)
 
 
 def test_mistakes_in_the_settings_are_named(tmp_path):
@@ -277,6 +325,113 @@ def test_a_changed_byte_is_found(fresh):
     offsets.write_bytes(content)
     with pytest.raises(UserError, match=r"validation/source\.offsets has changed"):
         PreparedData.open(fresh.directory).verify()
+
+
+def test_a_start_reads_no_tokens(fresh):
+    """So that it takes no longer for a larger corpus; `verify` sees what it cannot."""
+    for kind in ("tokens", "offsets"):
+        path = fresh.directory / "train" / f"source.{kind}"
+        path.write_bytes(bytes(path.stat().st_size))
+        opened = PreparedData.open(fresh.directory)
+        assert len(opened.train) == 298
+        with pytest.raises(UserError, match=r"train/source\.(tokens|offsets) has changed"):
+            opened.verify()
+
+
+def memory_of_files() -> int:
+    """Bytes of mapped files that this process holds."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile:"))
+
+
+def test_what_was_read_is_given_back(tmp_path):
+    path, size = tmp_path / "numbers", 2**26
+    with path.open("wb") as file:
+        file.truncate(size)
+    mapped = MappedFile(path, np.dtype(np.uint16))
+    before = memory_of_files()
+    assert not mapped.numbers.any()
+    held = memory_of_files()
+    mapped.give_back()
+    assert held - before > 0.9 * size
+    assert memory_of_files() - before < 0.1 * size
+    assert mapped.numbers[-1] == 0
+
+
+PLAN_AN_EPOCH = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np
+from dtrain.data.plan import BatchPlan
+from dtrain.data.settings import BatchSettings
+from dtrain.data.store import TokenStore
+
+directory, size = Path(sys.argv[1]), int(sys.argv[2])
+directory.mkdir()
+offsets = np.cumsum(np.resize([0, *range(4, 44)], size + 1))
+for side in ("source", "target"):
+    offsets.tofile(directory / f"{side}.offsets")
+    with (directory / f"{side}.tokens").open("wb") as file:
+        file.truncate(2 * int(offsets[-1]))
+del offsets
+train = TokenStore(directory, SimpleNamespace(source_size=9, target_size=9))
+settings = BatchSettings(tokens_per_step=2**16, tokens_per_micro_batch=2**16)
+plan = BatchPlan(train, settings, 2**16, seed=1)
+
+def own_mib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:"))
+
+held = []
+for index in range(plan.num_windows):
+    for ids in plan.window(0, index):
+        train.gather(ids)
+    held.append(own_mib())
+print(plan.num_windows, held[3], max(held))
+"""
+
+
+@pytest.mark.slow
+def test_an_epoch_takes_no_more_memory_than_its_first_windows(tmp_path):
+    num_windows, early, most = run_python(PLAN_AN_EPOCH, tmp_path / "train", 600_000)
+    assert num_windows > 15
+    assert most < 300
+    assert most < early + 10  # offsets are 10 MB, tokens 56
+
+
+def run_python(program: str, *arguments: object) -> list[float]:
+    """Run a program in a process of its own; gives the numbers that it prints."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return [float(word) for word in done.stdout.split()]
+
+
+PREPARE_TEXT = """
+import sys
+from pathlib import Path
+from dtrain.data.preparation import prepare
+from dtrain.data.settings import DataSettings, VocabularySettings
+
+folder, vocabulary, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+folder.mkdir()
+for side in ("source", "target"):
+    with (folder / side).open("w") as file:
+        file.writelines(f"das ist {i} oder {i * 7919}\\n" for i in range(size))
+train = [{"source": str(folder / "source"), "target": str(folder / "target")}]
+data = DataSettings.model_validate({"train": train, "dir": str(folder / "out")})
+prepare(data, VocabularySettings(), folder / "out", lambda _: None, vocabulary, num_processes=1)
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")))
+"""
+
+
+@pytest.mark.slow
+def test_a_longer_text_takes_no_more_memory(tmp_path, ready):
+    (short,) = run_python(PREPARE_TEXT, tmp_path / "short", ready.directory, 10_000)
+    (long,) = run_python(PREPARE_TEXT, tmp_path / "long", ready.directory, 40_000)
+    assert long < short + 8  # all ids of the longer one, as Python holds them, would be over 20
 
 
 def test_a_missing_old_or_damaged_manifest_is_refused(fresh, tmp_path):

@@ -10,6 +10,7 @@ from tiny_model import save_checkpoint, trained
 from dtrain import checkpoint
 from dtrain.__main__ import main
 from dtrain.commands.average import average
+from dtrain.data.store import PreparedData
 from dtrain.run_directory import RunDirectory
 
 
@@ -22,7 +23,7 @@ def run(tmp_path: Path) -> RunDirectory:
         save_checkpoint(run.checkpoints, name, *trained(steps=1), {"step": step})
     checkpoint.note_judgement(run.checkpoints / checkpoint.checkpoint_name(10), 35.971, {})
     average(run.checkpoints, checkpoint.steps_saved(run.checkpoints))
-    run.config_file.write_text("", encoding="utf-8")
+    run.config_file.write_text("validation: {every_steps: 0}", encoding="utf-8")
     return run
 
 
@@ -59,6 +60,7 @@ def test_whole_ones_are_said_to_be_whole(run, capsys):
     assert lines[0] == "checkpoint step MiB age score verdict"
     first, *others = lines[1:]
     assert first.startswith("average-0000000100-of-3 100 0.0 ")
+    assert others.pop().startswith("prepared data not looked for: data.train is empty")
     assert [line.split()[0] for line in others] == [f"step-{step:010d}" for step in (9, 10, 100)]
     assert " d whole" in others[0]
     assert "35.97 whole" in others[1]
@@ -96,7 +98,7 @@ def test_one_of_a_newer_dtrain_is_not_called_damaged(run, capsys, monkeypatch):
     monkeypatch.undo()
     code, lines = verify(run, capsys)
     assert code == 1
-    assert lines[-1].endswith("has format 2; this dtrain reads up to 1: upgrade dtrain")
+    assert lines[-2].endswith("has format 2; this dtrain reads up to 1: upgrade dtrain")
 
 
 def test_one_that_cannot_be_read_now_is_not_called_damaged(run, capsys, monkeypatch):
@@ -106,7 +108,7 @@ def test_one_that_cannot_be_read_now_is_not_called_damaged(run, capsys, monkeypa
     monkeypatch.setattr(checkpoint, "sha256", unreadable)
     code, lines = verify(run, capsys)
     assert code == 1
-    assert all("cannot be read: [Errno 5] Input/output error" in line for line in lines[1:])
+    assert all("cannot be read: [Errno 5] Input/output error" in line for line in lines[1:-1])
 
 
 def test_one_that_a_training_deletes_meanwhile_is_left_out(run, capsys, monkeypatch):
@@ -124,8 +126,31 @@ def test_one_that_a_training_deletes_meanwhile_is_left_out(run, capsys, monkeypa
 
 def test_a_run_without_checkpoints(tmp_path, capsys):
     run = RunDirectory(tmp_path)
-    run.config_file.write_text("", encoding="utf-8")
-    assert verify(run, capsys) == (0, [f"there is no checkpoint in {tmp_path}/checkpoints yet"])
+    run.config_file.write_text("validation: {every_steps: 0}", encoding="utf-8")
+    code, lines = verify(run, capsys)
+    assert code == 0
+    assert lines[0] == f"there is no checkpoint in {tmp_path}/checkpoints yet"
+
+
+def test_prepared_data_is_hashed_again(run, capsys, toy):
+    """A start would not see it: it reads no tokens, and the size is right."""
+    config = toy("run")
+    data = run.path / "data"
+    run.config_file.write_text(toy("run", data__dir=data).to_yaml(), encoding="utf-8")
+    code, lines = verify(run, capsys)
+    assert (code, lines[-1]) == (
+        0,
+        f"prepared data {data}: not there; the next start makes it again",
+    )
+    shutil.copytree(config.data.dir, data)
+    code, lines = verify(run, capsys)
+    assert code == 0
+    assert lines[-1].startswith(f"prepared data {data}: whole, 0.")
+    flip(data / "train" / "target.tokens")
+    PreparedData.open(data)
+    code, lines = verify(run, capsys)
+    assert code == 1
+    assert lines[-1].startswith(f"prepared data {data}/train/target.tokens has changed since")
 
 
 def test_a_run_that_is_none_is_refused(tmp_path, capsys):

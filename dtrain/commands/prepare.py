@@ -1,6 +1,8 @@
 """`dtrain prepare`: learn the vocabulary and write the tokens, once for all runs on this data."""
 
 import argparse
+import os
+import shutil
 import signal
 import sys
 from functools import partial
@@ -11,6 +13,9 @@ from dtrain.config import explain_settings, load_config
 
 if TYPE_CHECKING:
     from dtrain.data.store import Manifest, SplitReport
+
+CLEAR_LINE = "\r\x1b[K"
+"""What brings a terminal back to the beginning of an empty line."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +40,21 @@ def main(arguments: argparse.Namespace) -> int:
     if is_prepared(config.data, config.vocabulary, directory, other):
         print(f"already prepared: {directory}")
     else:
-        prepare(config.data, config.vocabulary, directory, partial(print, flush=True), other)
-        print(f"prepared: {directory}")
+        live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        show, seconds = (redraw, 0.25) if live else (partial(print, flush=True), 10.0)
+        prepare(
+            *(config.data, config.vocabulary, directory, show, other),
+            seconds_between_reports=seconds,
+        )
+        print(f"{CLEAR_LINE if live else ''}prepared: {directory}")
     print(table(read_manifest(directory)))
     return 0
+
+
+def redraw(line: str) -> None:
+    """Show a line in the place of the one before, on a terminal."""
+    width = shutil.get_terminal_size().columns
+    print(f"{CLEAR_LINE}{line[: width - 1]}", end="", flush=True)
 
 
 def table(manifest: "Manifest") -> str:

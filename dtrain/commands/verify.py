@@ -1,4 +1,4 @@
-"""`dtrain verify`: check all checkpoints of a run, without changing anything."""
+"""`dtrain verify`: check a run's checkpoints and prepared data, without changing anything."""
 
 import argparse
 import re
@@ -6,6 +6,10 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dtrain.config import Config
 
 OURS = re.compile(r"(step|average)-(\d+).*")
 CORRUPT = ".corrupt"
@@ -41,20 +45,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, e.g. runs/demo")
     parser.epilog = (
-        "The exit code is 1 if a checkpoint is not whole, or if none is left to go on from. Those "
-        "that were set aside as NAME.corrupt are shown, but do not count as long as there is one."
+        "The exit code is 1 if a checkpoint or the prepared data is not whole, or if no checkpoint "
+        "is left to go on from. Those that were set aside as NAME.corrupt are shown, but do not "
+        "count as long as there is one. Missing prepared data is made again by the next start."
     )
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print a line for each checkpoint; gives 1 if something is wrong that a user should know."""
+    """Print a line for each checkpoint, one for the data; gives 1 if a user should know of it."""
     from dtrain.run_directory import RunDirectory
 
-    folder = RunDirectory.existing(arguments.run).checkpoints
-    found = examine(folder)
-    print(table(found) if found else f"there is no checkpoint in {folder} yet")
+    run = RunDirectory.existing(arguments.run)
+    found = examine(run.checkpoints)
+    print(table(found) if found else f"there is no checkpoint in {run.checkpoints} yet")
     damaged = any(one.problem and not one.is_set_aside for one in found)
-    return int(damaged or bool(found and not any(one.is_next for one in found)))
+    damaged |= bool(found and not any(one.is_next for one in found))
+    data_is_whole, line = examine_data(run.config)
+    print(line)
+    return int(damaged or not data_is_whole)
+
+
+def examine_data(config: "Config") -> tuple[bool, str]:
+    """Hash a run's prepared data again; says whether all that is there is whole, in a line too."""
+    from dtrain.data.preparation import is_prepared, prepared_directory
+    from dtrain.data.store import PreparedData
+    from dtrain.errors import UserError
+
+    key = config.data, config.vocabulary
+    try:
+        directory = prepared_directory(*key, config.vocabulary_of)
+    except UserError as error:  # the text is gone, and with it the name
+        return True, f"prepared data  not looked for: {error}"
+    try:
+        if not is_prepared(*key, directory, config.vocabulary_of):
+            return True, f"prepared data  {directory}: not there; the next start makes it again"
+        data = PreparedData.open(directory)
+        data.verify()
+    except (UserError, OSError) as error:
+        return False, f"prepared data  {error}"
+    size = sum(record.size for record in data.manifest.files.values()) / 2**20
+    return True, f"prepared data  {directory}: whole, {size:,.1f} MiB"
 
 
 def examine(folder: Path) -> list[Verified]:

@@ -26,8 +26,8 @@ or is no text at all (a row of a data set without a string)."""
 NUM_FIRST_LINES = 5
 MAX_RATIO = 9
 MIN_BYTES_FOR_RATIO = 40
-WHOLE_HASH_BYTES = 256 * 2**20
-HASH_BLOCK_BYTES = 2**20
+WHOLE_HASH_BYTES = 64 * 2**20
+HASH_BLOCK_BYTES = 2**16
 NUM_HASH_BLOCKS = 64
 ROWS_AT_ONCE = 1000
 
@@ -295,7 +295,7 @@ def is_text(text: object) -> bool:
 def content_hash(path: Path) -> str:
     """Hash what a file holds, not where it lies.
 
-    Of a file above 256 MiB only its size, its time of change and blocks spread over it are taken:
+    Of a file above 64 MiB only its size, its time of change and blocks spread over it are taken:
     asking whether data is prepared should not read it all.
     """
     status = path.stat()

@@ -26,25 +26,33 @@ def pack(source: Ids, target: Ids, source_slots: int, target_slots: int) -> list
     Returns:
         Indices of the pairs in each micro-batch; every pair stands in exactly one.
     """
+    order = np.argsort(-(source * target_slots + target * source_slots), kind="stable")
+    source, target = source[order], target[order]
     pool = _Pool(source, target, source_slots, target_slots)
-    remaining = np.argsort(-(source * target_slots + target * source_slots), kind="stable")
+    source_left, target_left = int(source.sum()), int(target.sum())
+    remaining = np.arange(len(order))
     micro_batches = []
-    while len(remaining):
-        if source[remaining].sum() <= source_slots and target[remaining].sum() <= target_slots:
-            micro_batches.append(remaining)
-            break
+    while source_left > source_slots or target_left > target_slots:
         taken = _balanced_ends(source, target, remaining, source_slots, target_slots)
         pool.take(taken)
         gap = source_slots - int(source[taken].sum()), target_slots - int(target[taken].sum())
-        micro_batches.append(np.concatenate([taken, pool.fill(*gap)]))
+        taken = np.concatenate([taken, pool.fill(*gap)])
+        source_left -= int(source[taken].sum())
+        target_left -= int(target[taken].sum())
         remaining = remaining[pool.free[remaining]]
+        micro_batches.append(order[taken])
+    if len(remaining):
+        micro_batches.append(order[remaining])
     return micro_batches
 
 
 def _balanced_ends(
     source: Ids, target: Ids, remaining: Ids, source_slots: int, target_slots: int
 ) -> Ids:
-    """Take from the long end of `remaining`, and from the short end to balance, most of a batch."""
+    """Take from the long end of `remaining`, and from the short end to balance, most of a batch.
+
+    Sentences are sorted by length; `remaining` are their places in that order.
+    """
     count = min(len(remaining), target_slots)
     long, short = remaining[:count], remaining[::-1][:count]
     long_source, long_target = _running_sum(source[long]), _running_sum(target[long])
@@ -68,7 +76,9 @@ def _balanced_ends(
 
 
 def _running_sum(lengths: Ids) -> Ids:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    sums = np.zeros(len(lengths) + 1, np.int64)
+    lengths.cumsum(out=sums[1:])
+    return sums
 
 
 class _Pool:
@@ -76,10 +86,12 @@ class _Pool:
 
     def __init__(self, source: Ids, target: Ids, source_slots: int, target_slots: int) -> None:
         pairs, self.group = np.unique(source * (target_slots + 1) + target, return_inverse=True)
-        self.source, self.target = np.divmod(pairs, target_slots + 1)
+        lengths = np.divmod(pairs, target_slots + 1)
+        self.source, self.target = (side.astype(np.float64) for side in lengths)
         self.count = np.bincount(self.group, minlength=len(pairs))
         self.by_group = np.argsort(self.group, kind="stable")
         self.next = np.cumsum(self.count) - self.count
+        self.not_empty = np.arange(len(pairs))
         self.free = np.ones(len(source), np.bool_)
         self.ratio = source_slots / target_slots
 
@@ -89,24 +101,31 @@ class _Pool:
 
     def fill(self, source_gap: int, target_gap: int) -> Ids:
         """Take sentences one by one that leave the gap smallest and best balanced."""
+        self.not_empty = self.not_empty[self.count[self.not_empty] > 0]
+        source, target = self.source[self.not_empty], self.target[self.not_empty]
         taken = list[int]()
-        while True:
-            source_left, target_left = source_gap - self.source, target_gap - self.target
-            fitting = np.flatnonzero((self.count > 0) & (source_left >= 0) & (target_left >= 0))
-            if not len(fitting):
-                return np.array(taken, np.int64)
-            source_left, target_left = source_left[fitting], target_left[fitting]
+        while len(source):
+            source_left, target_left = source_gap - source, target_gap - target
             left = np.minimum(source_left, target_left)
             # A rest of under six slots on either side is one that hardly a sentence can fill.
             score = np.abs(source_left - target_left * self.ratio) + np.where(left < 6, left, 0)
-            best = fitting[np.argmin(score + 0.05 * (source_left + target_left))]
-            taken.append(self._take_one(int(best)))
-            source_gap -= int(self.source[best])
-            target_gap -= int(self.target[best])
+            score += 0.05 * (source_left + target_left)
+            score[left < 0] = np.inf
+            best = int(score.argmin())
+            if left[best] < 0:  # nothing fits
+                break
+            source_gap -= int(source[best])
+            target_gap -= int(target[best])
+            group = int(self.not_empty[best])
+            taken.append(self._take_one(group))
+            if not self.count[group]:
+                source[best] = source_gap + 1  # fits nowhere any more
+        return np.array(taken, np.int64)
 
     def _take_one(self, group: int) -> int:
         while not self.free[self.by_group[self.next[group]]]:
             self.next[group] += 1
         sentence = int(self.by_group[self.next[group]])
-        self.take(np.array([sentence]))
+        self.free[sentence] = False
+        self.count[group] -= 1
         return sentence

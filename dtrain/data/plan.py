@@ -91,7 +91,7 @@ def source_slots(settings: BatchSettings, length_ratio: float, max_length: int) 
 
     Never fewer than the longest sentence allowed needs.
     """
-    wanted = max(settings.tokens_per_micro_batch * length_ratio, max_length)
+    wanted = max(settings.target_slots * length_ratio, max_length)
     return int(-(-wanted // SLOT_MULTIPLE) * SLOT_MULTIPLE)
 
 
@@ -119,12 +119,13 @@ class BatchPlan:
         self.lengths = lengths
         self.settings = settings
         self.source_slots = source_slots
-        self.target_slots = settings.tokens_per_micro_batch
+        self.target_slots = settings.target_slots
         self.seed = seed
         self.corpora = tuple(corpora) if corpora is not None else ((len(lengths), 1),)
         self._blocks = self._list_blocks()
         self.num_windows = max(1, round(len(self._blocks) / WINDOW_BLOCKS))
         self._window: tuple[tuple[int, int], list[Ids]] | None = None
+        self._order: tuple[int, Ids] | None = None
         self._micro_batches_before = [0]
 
     @property
@@ -191,8 +192,14 @@ class BatchPlan:
             first += size
         return np.concatenate(blocks)
 
+    def _order_of_blocks(self, epoch: int) -> Ids:
+        order = self._order  # another thread may put its own there meanwhile
+        if order is None or order[0] != epoch:
+            self._order = order = epoch, keyed_order(len(self._blocks), self.seed, epoch, 0)
+        return order[1]
+
     def _pack_window(self, epoch: int, index: int) -> list[Ids]:
-        order = keyed_order(len(self._blocks), self.seed, epoch, 0)
+        order = self._order_of_blocks(epoch)
         first, last = (i * len(order) // self.num_windows for i in (index, index + 1))
         ids = np.concatenate([np.arange(*self._blocks[block]) for block in order[first:last]])
         ids = ids[keyed_order(len(ids), self.seed, epoch, 1, index)]

@@ -6,14 +6,12 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import chain, islice
 from pathlib import Path
 
-import numpy as np
-
-from dtrain.data.corpus import Corpus, CorpusReport, Pair, Split, corpora
+from dtrain.data.corpus import Corpus, CorpusReport, Split, corpora
+from dtrain.data.encoding import Encoder
 from dtrain.data.settings import DataSettings, VocabularySettings
 from dtrain.data.store import (
     FORMAT_VERSION,
@@ -21,7 +19,7 @@ from dtrain.data.store import (
     SIDES,
     FileRecord,
     Manifest,
-    Side,
+    SideWriter,
     SplitReport,
     read_manifest,
     record_file,
@@ -30,8 +28,8 @@ from dtrain.data.store import (
 from dtrain.data.vocabulary import Vocabulary
 from dtrain.errors import UserError
 
-CHUNK_PAIRS = 8192
-SECONDS_BETWEEN_REPORTS = 3.0
+PAIRS_A_PROCESS = 20_000  # fewer are encoded in less time than another process needs to start
+PAIRS_BETWEEN_CLOCKS = 1000  # read before the time is asked for, which takes time itself
 
 
 def prepared_directory(
@@ -107,17 +105,23 @@ def prepare(
     directory: Path,
     report: Callable[[str], None],
     vocabulary_of: Path | None = None,
+    *,
+    seconds_between_reports: float = 10.0,
+    num_processes: int | None = None,
 ) -> None:
     """Learn the vocabulary and write all tokens, unless that was done before.
 
     A directory appears complete or not at all; if another process was quicker, its result stays.
+    What is written does not depend on the number of processes.
 
     Args:
         data: the texts.
         vocabulary: size and kind of the vocabulary.
         directory: what `prepared_directory` gave.
-        report: is told every few seconds how far it is, one line at a time.
+        report: is told now and then how far it is, one line at a time.
         vocabulary_of: as for `prepared_directory`.
+        seconds_between_reports: how often that is, at most.
+        num_processes: that encode; as many as there are cores, and work for, if None.
 
     Raises:
         UserError: for any mistake in the texts or settings, naming file and line, or key.
@@ -127,7 +131,8 @@ def prepare(
     partial = directory.with_name(f"{directory.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
-        write_prepared(data, vocabulary, partial, report, vocabulary_of)
+        progress = Progress(report, seconds_between_reports)
+        write_prepared(data, vocabulary, partial, progress, vocabulary_of, num_processes)
         try:
             partial.rename(directory)
         except OSError:
@@ -143,8 +148,9 @@ def write_prepared(
     data: DataSettings,
     settings: VocabularySettings,
     directory: Path,
-    report: Callable[[str], None],
+    progress: "Progress",
     vocabulary_of: Path | None,
+    num_processes: int | None,
 ) -> None:
     """Write vocabulary, tokens, texts and, last, the manifest into a directory."""
     key = preparation_key(data, settings, vocabulary_of)
@@ -153,22 +159,26 @@ def write_prepared(
         (directory / split).mkdir()
         if split != "train":
             write_text(group, directory / split)
-    training_text = TrainingText(groups["train"], Progress(report, "reading train"))
+    training_text = TrainingText(groups["train"], progress)
     if vocabulary_of is None:
         languages = data.source_language, data.target_language
-        report(f"prepare: learning {settings.size:,} pieces from {len(training_text):,} pairs")
+        progress.say(f"learning {settings.size:,} pieces from {len(training_text):,} pairs")
         vocabulary = Vocabulary.train(training_text, settings, languages)
     else:
         vocabulary = Vocabulary.load(vocabulary_of)
     vocabulary.save(directory)
+    records = {path: record_file(path) for path in directory.rglob("*") if path.is_file()}
 
     splits: dict[Split, SplitReport] = {}
-    for split, group in groups.items():
-        total = len(training_text) if split == "train" else None
-        progress = Progress(report, split, total)
-        splits[split] = write_tokens(
-            group, vocabulary, data.max_length, directory / split, progress, split == "train"
-        )
+    if num_processes is None:
+        num_processes = max(1, min(num_cores(), training_text.num_lines // PAIRS_A_PROCESS))
+    with Encoder(directory, data.max_length, num_processes) as encoder:
+        for split, group in groups.items():
+            progress.begin(f"encoding {split}", training_text.num_lines if split == "train" else 0)
+            splits[split], written = write_tokens(
+                group, vocabulary, encoder, directory / split, progress, split == "train"
+            )
+            records |= written
     train = splits["train"]
     if train.num_pairs == 0:
         raise UserError(f"data.train: nothing is left to learn from ({summary(train.corpora)})")
@@ -179,12 +189,11 @@ def write_prepared(
                 f"data.{split}: no pair can be judged ({summary(report_of_split.corpora)})"
             )
 
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    records = {path.relative_to(directory).as_posix(): record_file(path) for path in files}
+    files = {path.relative_to(directory).as_posix(): records[path] for path in sorted(records)}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         key=key,
-        fingerprint=content_fingerprint(records, train.corpora, vocabulary),
+        fingerprint=content_fingerprint(files, train.corpora, vocabulary),
         source_language=data.source_language,
         target_language=data.target_language,
         max_length=data.max_length,
@@ -194,40 +203,67 @@ def write_prepared(
         vocabulary_fingerprint=vocabulary.fingerprint,
         length_ratio=train.source_tokens / train.target_tokens,
         splits=splits,
-        files=records,
+        files=files,
     )
     (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 class Progress:
-    """Says every few seconds how many pairs are done."""
+    """Says now and then what is being done, how much of it is, how fast, and how long it takes."""
 
-    def __init__(self, report: Callable[[str], None], what: str, total: int | None = None) -> None:
-        self._report = report
-        self._what = what
-        self._of_total = "" if total is None else f"/{total:,}"
-        self._done = 0
-        self._next = time.monotonic() + SECONDS_BETWEEN_REPORTS
+    def __init__(self, report: Callable[[str], None], seconds_between: float) -> None:
+        self._report, self._seconds_between = report, seconds_between
+        self.begin("", 0)
+
+    def say(self, what: str) -> None:
+        """Report something at once."""
+        self._report(f"prepare: {what}")
+
+    def begin(self, what: str, total: int) -> None:
+        """Turn to the next thing to do: so many pairs; 0 if nobody knows."""
+        self._what, self._total, self._done = what, total, 0
+        self._begun = time.monotonic()
+        self._next = self._begun + self._seconds_between
 
     def advance(self, num_pairs: int) -> None:
         """Count `num_pairs` more as done."""
         self._done += num_pairs
-        if time.monotonic() >= self._next:
-            self._report(f"prepare: {self._what} {self._done:,}{self._of_total} pairs")
-            self._next = time.monotonic() + SECONDS_BETWEEN_REPORTS
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + self._seconds_between
+            self.say(", ".join(self._parts(now - self._begun)))
+
+    def _parts(self, seconds: float) -> Iterator[str]:
+        rate = self._done / max(seconds, 1e-9)
+        if not self._total:
+            yield f"{self._what}: {self._done:,} pairs"
+            yield f"{rate:,.0f} a second"
+            return
+        yield f"{self._what}: {self._done:,} of {self._total:,} pairs"
+        yield f"{rate:,.0f} a second"
+        minutes, left = divmod(round((self._total - self._done) / rate), 60)
+        yield f"{minutes}:{left:02} left"
 
 
 class TrainingText:
-    """The cleaned pairs of all training corpora, counted once, read as often as need be."""
+    """The cleaned pairs of all training corpora, counted once, read as often as need be.
+
+    Attributes:
+        num_lines: pairs there are, dropped ones included.
+    """
 
     def __init__(self, group: list[Corpus], progress: Progress) -> None:
         self._corpora = group
+        progress.begin("reading train", 0)
         reports = [CorpusReport(corpus=corpus.title) for corpus in group]
         for corpus, report in zip(group, reports, strict=True):
             for _ in corpus.clean(report):
                 report.kept += 1
-                progress.advance(1)
+                if report.kept % PAIRS_BETWEEN_CLOCKS == 0:
+                    progress.advance(PAIRS_BETWEEN_CLOCKS)
         self._num_pairs = sum(report.kept for report in reports)
+        dropped = sum(d.count for report in reports for d in report.dropped.values())
+        self.num_lines = self._num_pairs + dropped
         if self._num_pairs == 0:
             raise UserError(f"data.train: nothing is left to learn from ({summary(reports)})")
 
@@ -255,11 +291,11 @@ def write_text(group: list[Corpus], directory: Path) -> None:
 def write_tokens(
     group: list[Corpus],
     vocabulary: Vocabulary,
-    max_length: int,
+    encoder: Encoder,
     directory: Path,
     progress: Progress,
     check_ratio: bool,
-) -> SplitReport:
+) -> tuple[SplitReport, dict[Path, FileRecord]]:
     """Encode the pairs of a split, chunk by chunk, and write those that are fit to be used."""
     reports = [CorpusReport(corpus=corpus.title) for corpus in group]
     with ExitStack() as stack:
@@ -270,66 +306,17 @@ def write_tokens(
             )
         )
         for corpus, report in zip(group, reports, strict=True):
-            for pairs in chunks(corpus.clean(report, check_ratio)):
-                kept = encode_pairs(pairs, vocabulary, max_length, report)
-                source.append([ids for ids, _ in kept])
-                target.append([ids for _, ids in kept])
-                report.kept += len(kept)
-                progress.advance(len(pairs))
-        return SplitReport(
+            for chunk in encoder.encode(corpus.read(), check_ratio):
+                source.append(chunk.source)
+                target.append(chunk.target)
+                for reason, line in chunk.dropped:
+                    report.drop(reason, line)
+                report.kept += len(chunk.source[1])
+                progress.advance(chunk.num_pairs)
+        report_of_split = SplitReport(
             corpora=reports, source_tokens=source.num_tokens, target_tokens=target.num_tokens
         )
-
-
-def encode_pairs(
-    pairs: list[Pair], vocabulary: Vocabulary, max_length: int, report: CorpusReport
-) -> list[tuple[list[int], list[int]]]:
-    """Encode pairs on all cores; drop those that are too long, or blank once normalised."""
-    threads = num_cores()
-    sources = vocabulary.encode_source([pair.source for pair in pairs], threads)
-    targets = vocabulary.encode_target([pair.target for pair in pairs], threads)
-    kept = []
-    for pair, source, target in zip(pairs, sources, targets, strict=True):
-        if min(len(source), len(target)) == 1:  # nothing but the end of sentence
-            report.drop("blank", pair.line)
-        elif max(len(source), len(target)) > max_length:
-            report.drop("too_long", pair.line)
-        else:
-            kept.append((source, target))
-    return kept
-
-
-class SideWriter:
-    """Appends sentences to the token and offset files of one side."""
-
-    def __init__(self, directory: Path, side: Side, dtype: np.dtype[np.integer]) -> None:
-        self.num_tokens = 0
-        self._dtype = dtype
-        self._tokens = (directory / f"{side}.tokens").open("wb")
-        self._offsets = (directory / f"{side}.offsets").open("wb")
-        self._offsets.write(np.zeros(1, "<i8").tobytes())
-
-    def __enter__(self) -> "SideWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._tokens.close()
-        self._offsets.close()
-
-    def append(self, sentences: list[list[int]]) -> None:
-        """Write the ids of some sentences behind those before."""
-        ends = np.fromiter(map(len, sentences), np.int64, len(sentences)).cumsum()
-        tokens = np.fromiter(chain.from_iterable(sentences), self._dtype)
-        self._tokens.write(tokens.tobytes())
-        self._offsets.write((self.num_tokens + ends).astype("<i8").tobytes())
-        self.num_tokens += len(tokens)
-
-
-def chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Cut a stream into lists of `CHUNK_PAIRS`."""
-    stream = iter(pairs)
-    while chunk := list(islice(stream, CHUNK_PAIRS)):
-        yield chunk
+        return report_of_split, source.records() | target.records()
 
 
 def num_cores() -> int:

@@ -1,4 +1,4 @@
-"""The token store: ids of every sentence in flat files, memory-mapped; read here.
+"""The token store: ids of every sentence in flat files, memory-mapped.
 
 ```
 prepared/FINGERPRINT/
@@ -8,14 +8,16 @@ prepared/FINGERPRINT/
   validation/ test/      the same, and the text itself: source.txt, target.txt
 ```
 Sentence *i* of a side is `tokens[offsets[i] : offsets[i + 1]]`, the end of sentence included.
-`dtrain.data.preparation` writes it.
+The directory is made by `dtrain.data.preparation`; hashes are taken while it is written, and
+opening it looks at sizes alone.
 """
 
 import hashlib
 import json
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ from dtrain.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+SENTENCES_HELD = 2**16  # read before the memory of their pages is given back
 
 Number = TypeVar("Number", bound=np.integer)
 Side = Literal["source", "target"]
@@ -92,26 +95,80 @@ class Manifest(BaseModel):
 
 
 class TokenStore:
-    """The sentences of one split, memory-mapped."""
+    """The sentences of one split, memory-mapped: opening reads nothing of them."""
 
     def __init__(self, directory: Path, vocabulary: Vocabulary) -> None:
-        self._source = map_side(directory, "source", token_dtype(vocabulary.source_size))
-        self._target = map_side(directory, "target", token_dtype(vocabulary.target_size))
+        self._source = MappedSide(directory, "source", token_dtype(vocabulary.source_size))
+        self._target = MappedSide(directory, "target", token_dtype(vocabulary.target_size))
 
     def __len__(self) -> int:
-        return len(self._source[1]) - 1
+        return len(self._source)
 
     def source_lengths(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Count the source tokens of sentences `ids` [N] -> [N]."""
-        return lengths_of(self._source[1], ids)
+        return self._source.lengths(ids)
 
     def target_lengths(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Count the target tokens of sentences `ids` [N] -> [N]."""
-        return lengths_of(self._target[1], ids)
+        return self._target.lengths(ids)
 
     def gather(self, ids: NDArray[np.int64]) -> tuple[Ragged, Ragged]:
         """Give the source and target sentences `ids` [N], in that order, end to end."""
-        return gather_side(*self._source, ids), gather_side(*self._target, ids)
+        return self._source.gather(ids), self._target.gather(ids)
+
+
+class MappedSide:
+    """The tokens [num_tokens] and offsets [num_sentences + 1] of one side of a split."""
+
+    def __init__(self, directory: Path, side: Side, dtype: np.dtype[np.integer]) -> None:
+        self._tokens = MappedFile(directory / f"{side}.tokens", dtype)
+        self._offsets = MappedFile(directory / f"{side}.offsets", np.dtype(np.int64))
+        self._num_held = 0
+
+    def __len__(self) -> int:
+        return len(self._offsets.numbers) - 1
+
+    def lengths(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Count the tokens of sentences `ids` [N] -> [N]."""
+        self._note_read(len(ids))
+        return self._offsets.numbers[ids + 1] - self._offsets.numbers[ids]
+
+    def gather(self, ids: NDArray[np.int64]) -> Ragged:
+        """Copy the sentences `ids` [N] out, end to end."""
+        lengths = self.lengths(ids)
+        starts = np.cumsum(lengths) - lengths
+        positions = np.arange(lengths.sum())
+        positions += np.repeat(self._offsets.numbers[ids] - starts, lengths)
+        return self._tokens.numbers[positions], lengths
+
+    def _note_read(self, num_sentences: int) -> None:
+        """Give memory back now and then; else, over an epoch, a process would hold the corpus."""
+        self._num_held += num_sentences
+        if self._num_held > SENTENCES_HELD:
+            self._num_held = 0
+            self._tokens.give_back()
+            self._offsets.give_back()
+
+
+class MappedFile(Generic[Number]):
+    """A file mapped into memory.
+
+    Attributes:
+        numbers: what it holds, in one row.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Number]) -> None:
+        self._map: mmap.mmap | None = None
+        self.numbers: NDArray[Number] = np.empty(0, dtype)
+        if path.stat().st_size > 0:  # nothing cannot be mapped
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.numbers = np.frombuffer(self._map, dtype)
+
+    def give_back(self) -> None:
+        """Let go of the pages read so far; they stay in the system's cache, to be read again."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True)
@@ -195,32 +252,44 @@ def token_dtype(vocabulary_size: int) -> np.dtype[np.integer]:
     return np.dtype("<u2") if vocabulary_size <= 2**16 else np.dtype("<u4")
 
 
-def map_side(directory: Path, side: Side, dtype: np.dtype[np.integer]) -> Ragged:
-    """Map the tokens [num_tokens] and offsets [num_sentences + 1] of one side into memory."""
-    tokens = map_file(directory / f"{side}.tokens", dtype)
-    return tokens, map_file(directory / f"{side}.offsets", np.dtype(np.int64))
+class SideWriter:
+    """Writes the token and offset files of one side, and hashes them on the way."""
 
+    def __init__(self, directory: Path, side: Side, dtype: np.dtype[np.integer]) -> None:
+        self.num_tokens = 0
+        self._dtype = dtype
+        self._paths = directory / f"{side}.tokens", directory / f"{side}.offsets"
+        self._files = [path.open("wb") for path in self._paths]
+        self._digests = [hashlib.sha256() for _ in self._paths]
+        self._write(np.empty(0, dtype), np.zeros(1, np.int64))
 
-def map_file(path: Path, dtype: np.dtype[Number]) -> NDArray[Number]:
-    """Map a file into memory as one row of numbers."""
-    if path.stat().st_size == 0:  # which cannot be mapped
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+    def __enter__(self) -> "SideWriter":
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        for file in self._files:
+            file.close()
 
-def lengths_of(offsets: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Count the tokens of sentences `ids` [N] -> [N]."""
-    return offsets[ids + 1] - offsets[ids]
+    def append(self, sentences: Ragged) -> None:
+        """Write the ids of some sentences behind those before."""
+        tokens, lengths = sentences
+        self._write(tokens, self.num_tokens + np.cumsum(lengths))
+        self.num_tokens += len(tokens)
 
+    def records(self) -> dict[Path, FileRecord]:
+        """Give size and hash of both files as written so far."""
+        sizes = [file.tell() for file in self._files]
+        hashes = [digest.hexdigest() for digest in self._digests]
+        return {
+            path: FileRecord(size=size, sha256=sha256)
+            for path, size, sha256 in zip(self._paths, sizes, hashes, strict=True)
+        }
 
-def gather_side(
-    tokens: NDArray[np.integer], offsets: NDArray[np.int64], ids: NDArray[np.int64]
-) -> Ragged:
-    """Copy the sentences `ids` [N] of one side out, end to end."""
-    lengths = lengths_of(offsets, ids)
-    starts = np.cumsum(lengths) - lengths
-    positions = np.arange(lengths.sum()) + np.repeat(offsets[ids] - starts, lengths)
-    return tokens[positions], lengths
+    def _write(self, tokens: NDArray[np.integer], offsets: NDArray[np.int64]) -> None:
+        numbers = tokens.astype(self._dtype), offsets.astype("<i8")
+        for row, file, digest in zip(numbers, self._files, self._digests, strict=True):
+            file.write(row.data)
+            digest.update(row.data)
 
 
 def read_manifest(directory: Path) -> Manifest:
