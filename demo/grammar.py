@@ -11,6 +11,7 @@ Every rule is a function of the phrase alone, so an English sentence has one tra
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -65,7 +66,7 @@ def sentence(text: str, mark: str = ".") -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Nominal:
+class Nominal(ABC):
     """Anything that can be a subject or an object."""
 
     @property
@@ -88,13 +89,13 @@ class Nominal:
         """Whether it opens its clause whatever its role: who, das."""
         return False
 
+    @abstractmethod
     def english(self, case: Case) -> str:
         """The English words."""
-        raise NotImplementedError
 
+    @abstractmethod
     def german(self, case: Case) -> str:
         """The German words."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
-from dtrain.peers import Peer, Peers, Sign, process_state
+from dtrain.peers import Peer, Peers, Sign, here, process_state
 from dtrain.rank_log import RankLog
 
 BEAT_SECONDS = 1.0
@@ -87,12 +86,7 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._left.set()
         self._thread.join()
         self._ended = True
@@ -225,6 +219,7 @@ class Heartbeat:
             attempt=self._attempt,
             rank=self._rank,
             host=platform.node(),
+            machine=here(),
             process=os.getpid(),
             started=self._started,
             beats=self._beats,

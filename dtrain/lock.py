@@ -18,10 +18,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from dtrain.errors import UserError
-from dtrain.peers import process_state
+from dtrain.peers import here, process_state
 from dtrain.preemption import StopSignal
 
 FILE = "lock.json"
@@ -60,7 +59,7 @@ class Holder:
         return cls(
             token=secrets.token_hex(8),
             host=socket.gethostname(),
-            place=_place(),
+            place=here(),
             process=os.getpid(),
             started=process_state(os.getpid())[0],
             job=environ.get("SLURM_JOB_ID"),
@@ -71,7 +70,7 @@ class Holder:
     @property
     def is_gone(self) -> bool:
         """Whether its process ended, as far as this process can tell; a zombie has ended."""
-        if self.place is None or self.place != _place():
+        if self.place is None or self.place != here():
             return False
         started, state = process_state(self.process)
         return started != self.started or state in "ZX"
@@ -126,12 +125,7 @@ class RunLock:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._released.set()
         self._thread.join()
         with suppress(OSError):
@@ -263,12 +257,3 @@ def _changed(path: Path) -> float:
     """Give a file's time of change; opened first, since that asks the file server anew."""
     with path.open("rb") as file:
         return os.fstat(file.fileno()).st_mtime
-
-
-def _place() -> str | None:
-    """Name the machine's boot and the namespace of process ids, if the system has these."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return None

@@ -1,7 +1,6 @@
 """Peers: the other ranks of a run, seen by the files that their heartbeats write."""
 
 import json
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,8 @@ class Sign:
     Attributes:
         attempt: number of this start of the run; files of another attempt count for nothing.
         rank: who.
-        host: its machine's name.
+        host: its machine's name, for people.
+        machine: what `here` gives there; only there can its process be looked for.
         process: its id there.
         started: when that process started, in ticks since its machine did; 0 if unknown.
         beats: how often the file was written, a sign of life.
@@ -29,6 +29,7 @@ class Sign:
     attempt: int
     rank: int
     host: str
+    machine: str | None
     process: int
     started: int
     beats: int
@@ -78,7 +79,7 @@ class Peer:
         """What became of it: ended, gone, stopped or blocked; silent if that is not known here."""
         if self.sign.ended:
             return "ended"
-        if self.sign.host != platform.node() or not self.sign.started:
+        if self.sign.machine is None or self.sign.machine != here() or not self.sign.started:
             return "silent"
         started, state = process_state(self.sign.process)
         if started != self.sign.started or state in "ZX":
@@ -149,3 +150,12 @@ def process_state(process: int) -> tuple[int, str]:
         return 0, "X"
     fields = text.rpartition(")")[2].split()  # the name before it may hold anything
     return int(fields[19]), fields[0]
+
+
+def here() -> str | None:
+    """Name the machine's boot and the namespace of process ids, if the system has these."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None

@@ -9,7 +9,6 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 
 from dtrain.errors import UserError
@@ -44,12 +43,7 @@ class RankLog:
         warnings.showwarning = self._note_warning
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is not None:
             self.note_exception(error)
         warnings.showwarning = self._show_warning

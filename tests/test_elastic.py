@@ -169,24 +169,17 @@ def test_a_node_goes_and_comes_back_and_the_run_ends_as_if_undisturbed(nodes, to
     assert_ended_as_if_undisturbed(nodes, toy)
 
 
-def test_a_rank_that_lost_its_agent_leaves_when_a_node_comes(nodes, toy):
-    staying, going = nodes.start("127.0.0.1"), nodes.start("127.0.0.2")
+@pytest.mark.parametrize("hit", ["agent", "rank"])
+def test_a_node_that_is_half_killed_is_made_whole(nodes, toy, hit):
+    """A rank without an agent leaves when a new node comes; an agent starts a new rank."""
+    staying, other = nodes.start("127.0.0.1"), nodes.start("127.0.0.2")
     begun = nodes.wait_for_training(2)
-    going.signal(signal.SIGKILL, rank=False)
-    coming = nodes.start("127.0.0.2")
+    other.signal(signal.SIGKILL, agent=hit == "agent", rank=hit == "rank")
+    if hit == "agent":
+        other = nodes.start("127.0.0.2")
     nodes.wait_for_training(2, after=begun)
     nodes.wait_for_end()
-    assert [staying.agent.exitcode, coming.agent.exitcode] == [0, 0]
-    assert_ended_as_if_undisturbed(nodes, toy)
-
-
-def test_a_killed_rank_is_started_again_by_its_agent(nodes, toy):
-    staying, hit = nodes.start("127.0.0.1"), nodes.start("127.0.0.2")
-    begun = nodes.wait_for_training(2)
-    hit.signal(signal.SIGKILL, agent=False)
-    nodes.wait_for_training(2, after=begun)
-    nodes.wait_for_end()
-    assert [staying.agent.exitcode, hit.agent.exitcode] == [0, 0]
+    assert [staying.agent.exitcode, other.agent.exitcode] == [0, 0]
     assert_ended_as_if_undisturbed(nodes, toy)
 
 

@@ -1,21 +1,21 @@
 import json
 import os
-import platform
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 
 import pytest
 
-from dtrain.peers import Peer, Peers, Sign, process_state, read_sign
+from dtrain.peers import Peer, Peers, Sign, here, process_state, read_sign
 
 
 def sign_of(rank=1, **changes):
     process = changes.get("process", os.getpid())
     started, _ = process_state(process)
     sign = Sign(
-        4, rank, platform.node(), process, started, 1, 7, 2, "backward", 0.0, 0.0, False, ""
+        4, rank, "node7", here(), process, started, 1, 7, 2, "backward", 0.0, 0.0, False, ""
     )
     return replace(sign, **changes)
 
@@ -114,9 +114,20 @@ def test_another_process_of_the_same_id_is_not_it():
     assert Peer(sign, 0.0, 0.0).state == "blocked"
 
 
-def test_nothing_is_known_of_processes_elsewhere():
-    sign = sign_of(host="another", process=2**22 + 1, started=5)
+@pytest.mark.parametrize("machine", ["another boot or container", None])
+def test_nothing_is_known_of_processes_elsewhere(machine):
+    """Containers may share a host's name, and have process ids of their own."""
+    sign = sign_of(machine=machine, process=2**22 + 1, started=5)
     assert Peer(sign, 0.0, 0.0).state == "silent"
+
+
+def test_another_namespace_of_process_ids_is_elsewhere(tmp_path):
+    program = f"from dtrain.peers import here; open({str(tmp_path / 'here')!r}, 'w').write(here())"
+    unshare = ["unshare", "--pid", "--fork", sys.executable, "-c", program]
+    made = subprocess.run(unshare, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no namespace can be made here: {made.stderr.strip()}")
+    assert (tmp_path / "here").read_text() != here()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +136,10 @@ def test_nothing_is_known_of_processes_elsewhere():
         ({"ended": True}, "has ended"),
         ({"started": 1}, "is gone"),
         ({}, "gave no sign of life for 9 s, though its process runs"),
-        ({"host": "node7"}, "gave no sign of life for 9 s: it is stopped or its machine is gone"),
+        (
+            {"machine": "another"},
+            "gave no sign of life for 9 s: it is stopped or its machine is gone",
+        ),
     ],
 )
 def test_a_sentence_names_rank_machine_process_and_place(changes, words):

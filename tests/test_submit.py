@@ -10,6 +10,7 @@ import pytest
 
 from dtrain.__main__ import main
 from dtrain.commands import submit
+from dtrain.commands.train import parse_start
 from dtrain.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,17 @@ def test_it_submits_the_script_with_options_before_and_settings_behind(
     assert "submitted job 77\n" in out
     assert f"{run}/slurm-77.log" in out
     assert "scancel 77" in out
+
+
+def test_what_may_have_changed_is_handed_on_in_words_that_training_knows(sbatch, ask):
+    changed = ["--allow-changed", "run.seed", "--allow-changed=plan"]
+    assert ask(*changed, "--run.seed=3")[0] == 0
+    words = (sbatch.parent / "called").read_text(encoding="utf-8").splitlines()
+    config, allowed = parse_start(words[words.index("--config") :])
+    assert (config.run.seed, allowed) == (3, ["run.seed", "plan"])
+    code, _, err = ask("--allow-changed", "run.sede")
+    assert code == 2
+    assert "did you mean run.seed?" in err
 
 
 def test_srun_has_a_task_for_each_gpu(sbatch, ask):

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import dtrain
-from dtrain.config import Config, explain_settings, load_config
+from dtrain.commands.train import add_allow_changed
+from dtrain.config import Config, check_allowed, explain_settings, load_config
 from dtrain.errors import UserError
 
 CHECKOUT = Path(dtrain.__file__).parent.parent
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sbatch", default="", metavar="OPTIONS", help="more options of sbatch, in quotes"
     )
+    add_allow_changed(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print script and command, and submit nothing"
     )
@@ -43,6 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
         UserError: if something is missing, or sbatch refuses.
     """
     config = load_config(arguments.config, arguments.overrides)
+    check_allowed(arguments.allow_changed)
     script = CHECKOUT / SCRIPTS[arguments.launcher]
     if not script.exists():
         raise UserError(
@@ -76,7 +79,8 @@ def sbatch_command(arguments: argparse.Namespace, config: Config, script: Path) 
         "output": config.run_dir / "slurm-%j.log",
     }
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    settings = ["--config", str(arguments.config), *arguments.overrides]
+    allowed = [f"--allow-changed={field}" for field in arguments.allow_changed]
+    settings = ["--config", str(arguments.config), *arguments.overrides, *allowed]
     extra = shlex.split(arguments.sbatch)
     return ["sbatch", "--parsable", *given, *extra, str(script), *settings]
 

@@ -16,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-config", action="store_true", help="show the settings as resolved, and stop"
     )
+    add_allow_changed(parser)
+
+
+def add_allow_changed(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that lets a begun run go on with other settings."""
     parser.add_argument(
         "--allow-changed",
         action="append",
