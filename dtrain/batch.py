@@ -6,7 +6,7 @@ padding between them (training), and *padded*, the classic (N, S) rectangle (rea
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,11 @@ from torch import Tensor
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 """The special tokens of every vocabulary: padding, unknown, begin and end of sentence."""
+
+_NUM_RECTANGLES = 4  # more would save few cells, and each costs its calls
+
+Kernel = Literal["padded", "varlen", "packed"]
+"""How sentences attend, as `kernels/attention.py` explains."""
 
 
 class Encoder(Protocol):
@@ -41,36 +46,67 @@ def future_mask(length: int, device: torch.device | str | None = None) -> Tensor
 class Layout:
     """Where the sentences of one side of a batch lie.
 
-    A packed side is a row of slots; the same tokens can also be seen as cells of a rectangle
-    [N, L] with one row a sentence, L being the longest. Slots behind the last sentence are slack:
-    they belong to no sentence, and what is computed there is never used.
+    A packed side is a row of slots. Slots behind the last sentence are slack: they belong to no
+    sentence, and what is computed there is never used. What else a packed side holds depends on
+    the kernel that will attend: `padded` sees the same tokens also as cells of a few rectangles,
+    one row a sentence, with sentences of similar lengths in each. The other kernels are told where
+    sentences begin, in tensors whose shapes depend on the number of slots alone.
 
     Attributes:
-        lengths: tokens of each sentence, int64 [N].
+        lengths: tokens of each sentence, int64 [N]; zeros behind to [slots] without rectangles.
         positions: place of each token in its sentence, from 0; int64 [slots] or [N, L].
-        mask: True where a cell holds a token, bool [N, L].
-        slot_of_cell: int64 [N, L], 0 where the cell is empty; None if the side is padded.
-        cell_of_slot: int64 [slots], counting cells row by row, 0 for slack; None if padded.
+        max_length: no sentence is longer; L if padded.
+        kernel: what attends to the sentences.
+        rectangles: rows and columns of each; none for the other kernels.
+        mask: True where a cell holds a token, bool [N, L] if padded; else all cells of the
+            rectangles, row by row, bool [cells]; None without rectangles.
+        slot_of_cell: int64 [cells], 0 where the cell is empty; None if padded, or without them.
+        cell_of_slot: int64 [slots], 0 for slack; None likewise.
         token_mask: True where a slot holds a token, bool [slots]; None if padded.
+        sentence_of_slot: int32 [slots], N for slack; None with rectangles.
+        boundaries: where sentence i begins and i - 1 ends, int32 [slots + 2]; behind N it stays at
+            the end of the last sentence: sentences without a token, slack's for one. None likewise.
     """
 
     lengths: Tensor
     positions: Tensor
-    mask: Tensor
+    max_length: int
+    kernel: Kernel = "padded"
+    rectangles: tuple[tuple[int, int], ...] = ()
+    mask: Tensor | None = None
     slot_of_cell: Tensor | None = None
     cell_of_slot: Tensor | None = None
     token_mask: Tensor | None = None
+    sentence_of_slot: Tensor | None = None
+    boundaries: Tensor | None = None
 
     @classmethod
     def padded(cls, lengths: Tensor, max_length: int | None = None) -> "Layout":
         """Lay sentences of these lengths [N] out as a rectangle [N, max_length]."""
         width = int(lengths.max()) if max_length is None else max_length
         positions = torch.arange(width, device=lengths.device).expand(len(lengths), width)
-        return cls(lengths, positions, padding_mask(lengths, width))
+        mask = padding_mask(lengths, width)
+        return cls(lengths, positions, width, rectangles=((len(lengths), width),), mask=mask)
 
     @classmethod
-    def packed(cls, lengths: NDArray[np.int64], num_slots: int) -> "Layout":
+    def packed(
+        cls,
+        lengths: NDArray[np.int64],
+        num_slots: int,
+        kernel: Kernel = "padded",
+        max_length: int | None = None,
+        groups: Sequence[NDArray[np.int64]] | None = None,
+    ) -> "Layout":
         """Lay sentences of these lengths [N] end to end in `num_slots` slots.
+
+        Args:
+            lengths: tokens of each sentence.
+            num_slots: size of the packed side.
+            kernel: what will attend to them.
+            max_length: no sentence of any batch is longer, so that `padded` alone has shapes that
+                differ from batch to batch; `num_slots` if None.
+            groups: which sentences are the rows of each rectangle, the same on both sides of a
+                batch; all of one if None.
 
         Raises:
             ValueError: if they do not fit.
@@ -78,34 +114,68 @@ class Layout:
         num_tokens = int(lengths.sum())
         if num_tokens > num_slots:
             raise ValueError(f"{num_tokens} tokens do not fit into {num_slots} slots")
-        width = int(lengths.max())
         starts = np.cumsum(lengths) - lengths
-        columns = np.arange(width)
-        mask = columns < lengths[:, None]
-        slot_of_cell = np.where(mask, starts[:, None] + columns, 0)
         positions = np.zeros(num_slots, np.int64)
-        cell_of_slot = np.zeros(num_slots, np.int64)
         positions[:num_tokens] = np.arange(num_tokens) - np.repeat(starts, lengths)
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        cell_of_slot[:num_tokens] = rows * width + positions[:num_tokens]
-        return cls(
+        layout = cls(
             torch.from_numpy(lengths.astype(np.int64)),
             torch.from_numpy(positions),
-            torch.from_numpy(mask),
-            torch.from_numpy(slot_of_cell),
-            torch.from_numpy(cell_of_slot),
-            torch.from_numpy(np.arange(num_slots) < num_tokens),
+            num_slots if max_length is None else max_length,
+            kernel,
+            token_mask=torch.from_numpy(np.arange(num_slots) < num_tokens),
+        )
+        if kernel == "padded":
+            return layout._with_rectangles([np.arange(len(lengths))] if groups is None else groups)
+        return layout._with_boundaries()
+
+    def _with_rectangles(self, groups: Sequence[NDArray[np.int64]]) -> "Layout":
+        lengths, num_slots = self.lengths.numpy(), len(self.positions)
+        starts = np.cumsum(lengths) - lengths
+        rectangles = [(len(rows), int(lengths[rows].max())) for rows in groups]
+        masks, slots = [], []
+        for rows, (_, width) in zip(groups, rectangles, strict=True):
+            columns = np.arange(width)
+            masks.append((columns < lengths[rows, None]).ravel())
+            slots.append((starts[rows, None] + columns).ravel())
+        mask = np.concatenate(masks)
+        slot_of_cell = np.where(mask, np.concatenate(slots), 0)
+        cell_of_slot = np.zeros(num_slots, np.int64)
+        cell_of_slot[slot_of_cell[mask]] = np.flatnonzero(mask)
+        return replace(
+            self,
+            max_length=int(lengths.max()),
+            rectangles=tuple(rectangles),
+            mask=torch.from_numpy(mask),
+            slot_of_cell=torch.from_numpy(slot_of_cell),
+            cell_of_slot=torch.from_numpy(cell_of_slot),
+        )
+
+    def _with_boundaries(self) -> "Layout":
+        lengths, num_slots = self.lengths.numpy(), len(self.positions)
+        count, num_tokens = len(lengths), int(lengths.sum())
+        if count > num_slots:
+            raise ValueError(f"{count} sentences do not fit into {num_slots} slots")
+        sentence_of_slot = np.full(num_slots, count, np.int32)
+        sentence_of_slot[:num_tokens] = np.repeat(np.arange(count), lengths)
+        boundaries = np.full(num_slots + 2, num_tokens, np.int32)
+        boundaries[:count] = np.cumsum(lengths) - lengths
+        return replace(
+            self,
+            lengths=torch.from_numpy(np.pad(lengths, (0, num_slots - count))),
+            sentence_of_slot=torch.from_numpy(sentence_of_slot),
+            boundaries=torch.from_numpy(boundaries),
         )
 
     @property
     def is_packed(self) -> bool:
         """Whether tokens lie in slots [slots] rather than in cells [N, L]."""
-        return self.slot_of_cell is not None
+        return self.token_mask is not None
 
     def map(self, change: "TensorChange") -> "Layout":
         """Apply `change` to every tensor (a move to a device, say)."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: change(t) for k, t in tensors.items() if t is not None})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return Layout(**values | {name: change(tensor) for name, tensor in tensors.items()})
 
 
 class TensorChange(Protocol):
@@ -142,6 +212,8 @@ class Batch:
         target: tuple[NDArray[np.integer], NDArray[np.int64]],
         source_slots: int,
         target_slots: int,
+        kernel: Kernel = "padded",
+        max_length: int | None = None,
     ) -> "Batch":
         """Pack ragged sentences end to end.
 
@@ -150,12 +222,15 @@ class Batch:
             target: likewise.
             source_slots: size of the packed source side.
             target_slots: size of the packed target side.
+            kernel: what will attend to them.
+            max_length: see `Layout.packed`.
 
         Raises:
             ValueError: if a side does not fit its slots.
         """
-        source_layout = Layout.packed(source[1], source_slots)
-        target_layout = Layout.packed(target[1], target_slots)
+        groups = _of_similar_length(source[1], target[1]) if kernel == "padded" else None
+        source_layout = Layout.packed(source[1], source_slots, kernel, max_length, groups)
+        target_layout = Layout.packed(target[1], target_slots, kernel, max_length, groups)
         source_ids = np.full(source_slots, PAD_ID, np.int64)
         target_in = np.full(target_slots, PAD_ID, np.int64)
         target_out = np.full(target_slots, PAD_ID, np.int64)
@@ -173,13 +248,19 @@ class Batch:
         )
 
     @classmethod
-    def empty(cls, source_slots: int, target_slots: int) -> "Batch":
+    def empty(
+        cls,
+        source_slots: int,
+        target_slots: int,
+        kernel: Kernel = "padded",
+        max_length: int | None = None,
+    ) -> "Batch":
         """Give a packed batch of weight 0: one dummy sentence a side, nothing counted.
 
         It touches every parameter, so that a rank without work stays in step with the others.
         """
         end = np.array([EOS_ID]), np.array([1])
-        batch = cls.packed(end, end, source_slots, target_slots)
+        batch = cls.packed(end, end, source_slots, target_slots, kernel, max_length)
         return replace(batch, target_out=torch.full_like(batch.target_out, PAD_ID), num_tokens=0)
 
     @classmethod
@@ -189,7 +270,8 @@ class Batch:
         target_out, target_layout = pad_rows(targets)
         target_in = target_out.roll(1, dims=1)
         target_in[:, 0] = BOS_ID
-        target_in = target_in.masked_fill(~target_layout.mask, PAD_ID)
+        is_token = padding_mask(target_layout.lengths, target_layout.max_length)
+        target_in = target_in.masked_fill(~is_token, PAD_ID)
         num_tokens = sum(len(target) for target in targets)
         return cls(source, target_in, target_out, source_layout, target_layout, num_tokens)
 
@@ -211,15 +293,34 @@ class Batch:
             self.num_tokens,
         )
 
+    def tensors(self) -> list[Tensor]:
+        """List every tensor, always in the same order."""
+        found = list[Tensor]()
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
+        return found
+
     def to(self, device: torch.device) -> "Batch":
         """Move every tensor; from pinned memory the copy does not block."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _of_similar_length(
+    source_lengths: NDArray[np.int64], target_lengths: NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    """Group sentences so that in rectangles of as many rows few cells stay empty."""
+    order = np.argsort(source_lengths + target_lengths, kind="stable")
+    return np.array_split(order, min(_NUM_RECTANGLES, len(order)))
 
 
 def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Layout]:
     """Fill ragged rows of ids with PAD_ID to one rectangle int64 [N, L]."""
     lengths = torch.tensor([len(row) for row in rows])
     layout = Layout.padded(lengths)
-    ids = torch.full(layout.mask.shape, PAD_ID)
-    ids[layout.mask] = torch.tensor([token for row in rows for token in row])
+    ids = torch.full(layout.positions.shape, PAD_ID)
+    ids[padding_mask(lengths, layout.max_length)] = torch.tensor([t for row in rows for t in row])
     return ids, layout

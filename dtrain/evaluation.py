@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dtrain.batch import Batch
 from dtrain.config import ValidationSettings
-from dtrain.data.loader import Store, collate
+from dtrain.data.loader import Store
 from dtrain.data.packing import pack
 from dtrain.data.plan import BatchPlan
 from dtrain.data.store import PreparedData
@@ -77,7 +78,9 @@ def negative_log_likelihood(
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     with _evaluating(model), _together(world, go_on) as may_go_on:
         for ids in itertools.takewhile(may_go_on, micro_batches[world.rank :: world.size]):
-            batch = collate(plan, store, ids).to(world.device)
+            # In rectangles, however training attends: what is judged is computed in fp32.
+            batch = Batch.packed(*store.gather(ids), plan.source_slots, plan.target_slots)
+            batch = batch.to(world.device)
             sums[0] += objective(batch)[1]
             sums[1] += batch.num_tokens
     nll, num_tokens = world.sum(sums).tolist()

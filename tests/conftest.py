@@ -1,9 +1,14 @@
 """What holds for all tests: one thread, so that ranks do not fight for cores and bits repeat."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU Triton's kernels are interpreted. It must know before it is imported, as below.
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+
 from toy_language import write_settings, write_text
 from worlds import run_world
 
@@ -11,6 +16,13 @@ from dtrain import train
 from dtrain.config import Config, load_config
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch finds no GPU here"))
 
 
 @pytest.fixture(scope="session")

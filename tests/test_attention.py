@@ -1,3 +1,6 @@
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -27,18 +30,16 @@ def attend_sentence_by_sentence(q, k, v, query_lengths, key_lengths, causal):
     return torch.cat(rows)
 
 
-def random_heads(slots, dtype=torch.float64):
-    return torch.randn(slots, 2, 4, dtype=dtype, requires_grad=True)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attend_equals_a_loop_over_sentences(dtype):
     torch.manual_seed(0)
     query_layout = Layout.packed(QUERY_LENGTHS, QUERY_SLOTS)
     key_layout = Layout.packed(KEY_LENGTHS, KEY_SLOTS)
-    inputs = q, k, v = [random_heads(n, dtype) for n in (QUERY_SLOTS, KEY_SLOTS, KEY_SLOTS)]
-    ours = unpacked(attend(q, k, v, query_layout, key_layout), query_layout)
-    twin = attend_sentence_by_sentence(q, k, v, QUERY_LENGTHS, KEY_LENGTHS, causal=False)
+    q = torch.randn(QUERY_SLOTS, 2, 4, dtype=dtype, requires_grad=True)
+    kv = torch.randn(KEY_SLOTS, 2, 2, 4, dtype=dtype, requires_grad=True)
+    inputs = q, kv
+    ours = unpacked(attend(q, kv, query_layout, key_layout), query_layout)
+    twin = attend_sentence_by_sentence(q, *kv.unbind(1), QUERY_LENGTHS, KEY_LENGTHS, causal=False)
     torch.testing.assert_close(ours, twin, atol=TOLERANCE[dtype], rtol=0)
     weights = torch.randn_like(twin)
     for a, b in zip(
@@ -50,19 +51,83 @@ def test_attend_equals_a_loop_over_sentences(dtype):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attend_to_self_equals_attend_and_the_loop(causal):
+def test_attend_to_self_equals_the_loop(causal):
     torch.manual_seed(0)
     layout = Layout.packed(QUERY_LENGTHS, QUERY_SLOTS)
     qkv = torch.randn(QUERY_SLOTS, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     q, k, v = qkv.unbind(1)
     ours = attend_to_self(qkv, layout, causal)
-    torch.testing.assert_close(ours, attend(q, k, v, layout, layout, causal))
     twin = attend_sentence_by_sentence(q, k, v, QUERY_LENGTHS, QUERY_LENGTHS, causal)
     torch.testing.assert_close(unpacked(ours, layout), twin)
     weights = torch.randn_like(twin)
     (gradient,) = torch.autograd.grad((unpacked(ours, layout) * weights).sum(), qkv)
     (expected,) = torch.autograd.grad((twin * weights).sum(), qkv)
     torch.testing.assert_close(gradient, expected)
+
+
+class FlashStandIn(torch.autograd.Function):
+    """What torch's kernel promises, on the CPU; where no sentence is, it leaves not-a-numbers."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, query_boundaries, key_boundaries, causal):
+        lengths = ctx.lengths = [b.diff().tolist() for b in (query_boundaries, key_boundaries)]
+        ctx.causal = causal
+        ctx.save_for_backward(q, k, v)
+        out = torch.full_like(q, torch.nan)
+        out[: sum(lengths[0])] = attend_sentence_by_sentence(q, k, v, *lengths, causal)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = attend_sentence_by_sentence(*inputs, *ctx.lengths, ctx.causal)
+        gradients = torch.autograd.grad(out, inputs, grad[: len(out)])
+        for i, gradient in enumerate(gradients):
+            gradient[sum(ctx.lengths[i > 0]) :] = torch.nan
+        return *gradients, None, None, None
+
+
+@pytest.fixture
+def flash_stand_in(monkeypatch):
+    """Takes the place of torch's kernel; gives the longest sentences that it was told of."""
+    told = []
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        assert cu_seq_q.shape == cu_seq_k.shape
+        told.append((max_q, max_k))
+        return FlashStandIn.apply(q, k, v, cu_seq_q, cu_seq_k, window_size == (-1, 0))
+
+    module = types.ModuleType("torch.nn.attention.varlen")  # the real one takes seconds to import
+    module.varlen_attn = varlen_attn
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return told
+
+
+def test_varlen_equals_the_padded_kernel_and_leaves_slack_alone(flash_stand_in):
+    torch.manual_seed(0)
+    qkv = torch.randn(QUERY_SLOTS, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    q = torch.randn(QUERY_SLOTS, 2, 4, dtype=torch.float64, requires_grad=True)
+    kv = torch.randn(KEY_SLOTS, 2, 2, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(QUERY_SLOTS, 2, 4, dtype=torch.float64)
+    results = {}
+    for kernel in ("varlen", "padded"):
+        layout = Layout.packed(QUERY_LENGTHS, QUERY_SLOTS, kernel, 8)
+        key_layout = Layout.packed(KEY_LENGTHS, KEY_SLOTS, kernel, 7)
+        outs = {
+            attend_to_self(qkv, layout): [qkv],
+            attend_to_self(qkv, layout, causal=True): [qkv],
+            attend(q, kv, layout, key_layout): [q, kv],
+        }
+        results[kernel] = [unpacked(out, layout) for out in outs]
+        for out, inputs in outs.items():
+            assert out.isfinite().all()
+            results[kernel] += torch.autograd.grad(out, inputs, weights)
+    torch.testing.assert_close(results["varlen"], results["padded"])
+    assert flash_stand_in == [(8, 8), (8, 8), (8, 7)]
+    with pytest.raises(ValueError, match="varlen kernel cannot drop"):
+        attend_to_self(qkv, Layout.packed(QUERY_LENGTHS, QUERY_SLOTS, "varlen"), dropout=0.1)
 
 
 def test_padded_cells_attend_like_packed_slots():
@@ -72,7 +137,7 @@ def test_padded_cells_attend_like_packed_slots():
     qkv = torch.randn(QUERY_SLOTS, 3, 2, 4)
     for causal in (False, True):
         slots = attend_to_self(qkv, layout, causal)
-        cells = attend_to_self(to_cells(qkv, layout), rectangle, causal)
+        cells = attend_to_self(to_cells(qkv, layout)[0], rectangle, causal)
         torch.testing.assert_close(unpacked(slots, layout), tokens_of(cells, rectangle))
 
 
@@ -88,22 +153,31 @@ def test_slack_is_finite_and_has_no_gradient_whatever_arrives_there():
 
 
 def test_gradients_of_the_gathers_are_exact():
-    layout = Layout.packed(np.array([3, 1, 2]), 8)
-    slots = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
-    cells = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: to_cells(x, layout)[layout.mask], slots)
-    assert torch.autograd.gradcheck(lambda x: to_slots(x, layout)[layout.token_mask], cells)
+    layout = Layout.packed(np.array([3, 1, 2]), 8, groups=[np.array([1]), np.array([2, 0])])
+    assert layout.rectangles == ((1, 1), (2, 3))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    def tokens(rectangles: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([cells.flatten(0, 1) for cells in rectangles])[layout.mask]
+
+    slots, cells = random(8, 2), (random(1, 1, 2), random(2, 3, 2))
+    assert torch.autograd.gradcheck(lambda x: tokens(to_cells(x, layout)), slots)
+    assert torch.autograd.gradcheck(lambda *x: to_slots(x, layout)[layout.token_mask], cells)
     torch.testing.assert_close(to_slots(to_cells(slots, layout), layout)[:6], slots[:6])
 
 
 def test_sentences_without_tokens_disturb_nobody():
     """A packed batch has a fixed number of sentences; those left over are empty."""
     filled, with_empty = (Layout.packed(np.array(lengths), 8) for lengths in ([3, 4], [3, 4, 0, 0]))
-    q, k, v = (torch.randn(8, 2, 4) for _ in range(3))
+    q, kv, qkv = torch.randn(8, 2, 4), torch.randn(8, 2, 2, 4), torch.randn(8, 3, 2, 4)
+    torch.testing.assert_close(
+        attend(q, kv, filled, filled)[:7], attend(q, kv, with_empty, with_empty)[:7]
+    )
     for causal in (False, True):
         torch.testing.assert_close(
-            attend(q, k, v, filled, filled, causal)[:7],
-            attend(q, k, v, with_empty, with_empty, causal)[:7],
+            attend_to_self(qkv, filled, causal)[:7], attend_to_self(qkv, with_empty, causal)[:7]
         )
 
 

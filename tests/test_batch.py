@@ -58,20 +58,73 @@ def test_packed_holds_every_token_at_its_place_and_nothing_else(rows):
 
 @settings(deadline=None)
 @given(pairs_of_rows())
-def test_cells_of_a_pack_are_those_of_the_padded_batch(rows):
+def test_without_a_rectangle_a_pack_says_where_each_sentence_lies(rows):
+    sources, targets, slack = rows
+    batch = packed(
+        *(sources, targets),
+        *(sum(map(len, sources)) + slack[0], sum(map(len, targets)) + slack[1]),
+        *("packed", 99),
+    )
+    rectangle = packed_with_slack(*rows)
+    for side, sentences, behind in (("source", sources, slack[0]), ("target", targets, slack[1])):
+        layout, other = (getattr(b, f"{side}_layout") for b in (batch, rectangle))
+        boundaries, sentence_of_slot = layout.boundaries.tolist(), layout.sentence_of_slot.tolist()
+        slots = [slot for i in range(len(sentences)) for slot in range(*boundaries[i : i + 2])]
+        assert slots == list(range(sum(map(len, sentences))))
+        for i, sentence in enumerate(sentences):
+            first, end = boundaries[i : i + 2]
+            assert end - first == len(sentence) == layout.lengths[i]
+            assert sentence_of_slot[first:end] == [i] * len(sentence)
+        empty = len(sentences)  # which is what slack belongs to
+        assert sentence_of_slot[len(slots) :] == [empty] * behind
+        assert set(boundaries[empty:]) == {len(slots)}
+        assert not layout.lengths[empty:].any()
+        assert torch.equal(layout.positions, other.positions)
+        assert torch.equal(layout.token_mask, other.token_mask)
+        assert (layout.mask, layout.slot_of_cell, layout.cell_of_slot) == (None, None, None)
+        assert (other.boundaries, other.sentence_of_slot, layout.max_length) == (None, None, 99)
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "packed"])
+def test_without_a_rectangle_shapes_are_those_of_the_slots_alone(kernel):
+    def shapes(lengths: list[int]) -> dict[str, object]:
+        values = vars(Layout.packed(np.array(lengths), 9, kernel))
+        return {name: getattr(value, "shape", value) for name, value in values.items()}
+
+    assert shapes([9]) == shapes([1] * 9) == shapes([2, 3]) == shapes([0])
+    assert shapes([2, 3])["kernel"] == kernel
+    assert shapes([2, 3])["max_length"] == 9
+    with pytest.raises(ValueError, match="3 sentences do not fit into 2 slots"):
+        Layout.packed(np.array([1, 0, 1]), 2, kernel)
+
+
+@settings(deadline=None)
+@given(pairs_of_rows())
+def test_each_sentence_of_a_pack_is_a_row_of_one_of_its_rectangles(rows):
     sources, targets, _ = rows
-    pack, rectangle = packed_with_slack(*rows), Batch.padded(sources, targets)
+    pack = packed_with_slack(*rows)
+    found = {}
     for name in ("source", "target_in", "target_out"):
-        side = "source" if name == "source" else "target"
-        layout, padded_layout = (getattr(b, f"{side}_layout") for b in (pack, rectangle))
-        assert layout.mask.tolist() == padded_layout.mask.tolist()
-        assert layout.lengths.tolist() == padded_layout.lengths.tolist()
-        cells = getattr(pack, name)[layout.slot_of_cell].where(layout.mask, PAD_ID)
-        assert cells.tolist() == getattr(rectangle, name).tolist()
-        back = getattr(rectangle, name).flatten()[layout.cell_of_slot]
-        assert back[layout.token_mask].tolist() == getattr(pack, name)[layout.token_mask].tolist()
+        layout, ids = getattr(pack, f"{name.split('_')[0]}_layout"), getattr(pack, name)
+        cells = ids[layout.slot_of_cell].where(layout.mask, PAD_ID)
+        assert torch.equal(cells[layout.cell_of_slot][layout.token_mask], ids[layout.token_mask])
         assert not layout.cell_of_slot[~layout.token_mask].any()
-    assert pack.num_tokens == rectangle.num_tokens
+        found[name], cells = [], cells.tolist()
+        for count, width in layout.rectangles:
+            here = [[cells.pop(0) for _ in range(width)] for _ in range(count)]
+            rows_here = [[token for token in row if token != PAD_ID] for row in here]
+            assert max(map(len, rows_here)) == width
+            assert all(
+                r + [PAD_ID] * (width - len(r)) == h for r, h in zip(rows_here, here, strict=True)
+            )
+            found[name] += rows_here
+        assert cells == []
+    pairs = list(zip(found["source"], found["target_out"], strict=True))
+    assert sorted(pairs) == sorted(zip(sources, targets, strict=True))
+    assert found["target_in"] == [[BOS_ID, *row[:-1]] for row in found["target_out"]]
+    sums = [len(source) + len(target) for source, target in pairs]
+    assert sums == sorted(sums)  # similar ones stand together
+    assert pack.num_tokens == sum(map(len, targets))
 
 
 def test_padded_is_the_classic_rectangle():
@@ -153,10 +206,11 @@ def test_rows_are_padded_behind():
     assert layout.lengths.tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("kind", ["packed", "padded"])
-def test_map_changes_every_tensor_and_nothing_else(kind):
+@pytest.mark.parametrize(("kind", "tensors"), [("rectangle", 6), ("packed", 5), ("padded", 3)])
+def test_map_changes_every_tensor_and_nothing_else(kind, tensors):
     rows = random_ids([2, 3], 20), random_ids([4, 3], 20)
-    batch = packed(*rows, 8, 8) if kind == "packed" else Batch.padded(*rows)
+    kernel = "packed" if kind == "packed" else "padded"
+    batch = Batch.padded(*rows) if kind == "padded" else packed(*rows, 8, 8, kernel)
     changed = batch.map(lambda tensor: tensor.clone())
     num_tensors = 0
     for ours, theirs in (
@@ -169,9 +223,9 @@ def test_map_changes_every_tensor_and_nothing_else(kind):
                 num_tensors += 1
                 assert getattr(theirs, name) is not tensor
                 assert torch.equal(getattr(theirs, name), tensor)
-            elif tensor is None:
-                assert getattr(theirs, name) is None
-    assert num_tensors == 3 + 2 * (6 if kind == "packed" else 3)
+            elif not isinstance(tensor, Layout):
+                assert getattr(theirs, name) == tensor
+    assert num_tensors == 3 + 2 * tensors
     assert changed.num_tokens == batch.num_tokens == 7
 
 

@@ -37,11 +37,11 @@ def random_ids(lengths, vocabulary_size, seed=0) -> list[list[int]]:
     return [[*generator.integers(4, vocabulary_size, n - 1).tolist(), EOS_ID] for n in lengths]
 
 
-def packed(sources, targets, source_slots, target_slots) -> Batch:
+def packed(sources, targets, *how) -> Batch:
     def flat(rows):
         return np.concatenate(rows), np.array([len(row) for row in rows])
 
-    return Batch.packed(flat(sources), flat(targets), source_slots, target_slots)
+    return Batch.packed(flat(sources), flat(targets), *how)
 
 
 def unpacked(slots: torch.Tensor, layout: Layout) -> torch.Tensor:

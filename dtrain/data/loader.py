@@ -4,7 +4,6 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol
 
 import numpy as np
@@ -40,9 +39,10 @@ class LoadedStep:
 
 def collate(plan: BatchPlan, store: Store, ids: Ids) -> Batch:
     """Gather one micro-batch; no ids give the empty batch of weight 0."""
+    slots = plan.source_slots, plan.target_slots
     if not len(ids):
-        return Batch.empty(plan.source_slots, plan.target_slots)
-    return Batch.packed(*store.gather(ids), plan.source_slots, plan.target_slots)
+        return Batch.empty(*slots, plan.kernel, plan.max_length)
+    return Batch.packed(*store.gather(ids), *slots, plan.kernel, plan.max_length)
 
 
 class MicroBatches(torch.utils.data.Dataset[Batch]):
@@ -76,12 +76,7 @@ class Loader:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closed.set()
         while self._thread.is_alive():
             try:

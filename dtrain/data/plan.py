@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
+from dtrain.batch import Kernel
 from dtrain.data.packing import pack
 from dtrain.data.settings import BatchSettings
 
@@ -105,6 +106,8 @@ class BatchPlan:
         source_slots: int,
         seed: int,
         corpora: Sequence[tuple[int, int]] | None = None,
+        kernel: Kernel = "padded",
+        max_length: int | None = None,
     ) -> None:
         """Describe the stream; nothing is planned yet.
 
@@ -115,11 +118,14 @@ class BatchPlan:
             seed: of every order in the plan.
             corpora: (sentences, weight) of each corpus, in the store's order; weight k makes
                 k visits an epoch. One corpus of weight 1 if None.
+            kernel: what will attend to the micro-batches; it changes their form, not the plan.
+            max_length: tokens of the longest sentence there may be; any number if None.
         """
         self.lengths = lengths
         self.settings = settings
         self.source_slots = source_slots
         self.target_slots = settings.target_slots
+        self.kernel, self.max_length = kernel, max_length
         self.seed = seed
         self.corpora = tuple(corpora) if corpora is not None else ((len(lengths), 1),)
         self._blocks = self._list_blocks()

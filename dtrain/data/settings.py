@@ -1,6 +1,6 @@
 """Settings of the data: corpora, vocabulary, batches. Free of slow imports."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -63,17 +63,22 @@ class VocabularySettings(BaseModel):
     character_coverage: float = Field(0.9995, gt=0, le=1)
 
 
+LEAST_SLOTS = 8
+
+
 class BatchSettings(BaseModel):
     """Size of a step and of what one rank runs at once, in target-token slots."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens_per_step: int = Field(25088, ge=1, description="slots of one optimizer step, all ranks")
-    tokens_per_micro_batch: int = Field(3136, ge=8, description="slots run at once by one rank")
+    tokens_per_micro_batch: Literal["auto"] | Annotated[int, Field(ge=LEAST_SLOTS)] = Field(
+        3136, description="slots run at once by one rank; auto: what fits, found at the first start"
+    )
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> "BatchSettings":
-        if self.tokens_per_step % self.tokens_per_micro_batch:
+        if self.tokens_per_micro_batch != "auto" and self.tokens_per_step % self.target_slots:
             raise ValueError(
                 f"tokens_per_step {self.tokens_per_step} must be a multiple of "
                 f"tokens_per_micro_batch {self.tokens_per_micro_batch}"
@@ -83,4 +88,15 @@ class BatchSettings(BaseModel):
     @property
     def micro_batches_per_step(self) -> int:
         """How many micro-batches all ranks together run in one step."""
-        return self.tokens_per_step // self.tokens_per_micro_batch
+        return self.tokens_per_step // self.target_slots
+
+    @property
+    def target_slots(self) -> int:
+        """Give `tokens_per_micro_batch` as the number that it is once a run has begun.
+
+        Raises:
+            RuntimeError: while it is `auto`.
+        """
+        if self.tokens_per_micro_batch == "auto":
+            raise RuntimeError("batch.tokens_per_micro_batch is `auto` where a number is needed")
+        return self.tokens_per_micro_batch

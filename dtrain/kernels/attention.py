@@ -1,8 +1,14 @@
 """Scaled dot-product attention over sentences, packed or padded (Vaswani et al. 2017, 3.2.1).
 
-Packed tokens [slots] are gathered into cells [N, L], one row a sentence, and brought back after.
-Both ways are gathers, forward and backward: a scatter-add would be slow on the CPU and, on a GPU,
-add up in a different order each time.
+The layout says which kernel attends:
+
+- `padded`: torch's own, after packed tokens [slots] are gathered into the cells of rectangles, one
+  row a sentence; then they are brought back. Both ways are gathers, forward and backward: a
+  scatter-add would be slow on the CPU and, on a GPU, add up in a different order each time.
+- `varlen`: torch's flash attention for variable lengths, for GPUs.
+- `packed`: `packed_attention.py`, for GPUs and short sentences.
+
+`padded` runs everywhere, and is what the others are tested against.
 """
 
 from collections.abc import Callable
@@ -12,60 +18,112 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.batch import Layout, padding_mask
+from dtrain.batch import Layout
 
 
 def attend(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kv: Tensor,
     query_layout: Layout,
     key_layout: Layout,
-    causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Let each query gather values from the keys of its own sentence.
+    """Let each query gather values from the keys of the same sentence on another side.
 
     Args:
         q: queries, [slots, heads, qkv] if packed, [N, L, heads, qkv] if padded.
-        k: keys, likewise.
-        v: values, likewise.
+        kv: keys and values, [slots, 2, heads, qkv] or [N, L, 2, heads, qkv].
         query_layout: where the sentences of `q` lie.
-        key_layout: where the sentences of `k` and `v` lie: as many as `query_layout` has.
-        causal: queries see no later key; for a sentence that attends to itself.
+        key_layout: where the sentences of `kv` lie: as many as `query_layout` has.
         dropout: probability of dropping an attention weight.
 
     Returns:
         Like `q`; unspecified, but finite, in slack slots and empty cells, whose gradients are zero.
     """
-    cells = scaled_dot_product(
-        to_cells(q, query_layout),
-        to_cells(k, key_layout),
-        to_cells(v, key_layout),
-        None if causal else key_mask(key_layout),
-        causal,
-        dropout,
-    )
-    return to_slots(cells, query_layout)
+    if query_layout.kernel == "packed":
+        return _packed(q, kv, query_layout, key_layout, False, dropout)
+    if query_layout.kernel == "varlen":
+        k, v = _silenced(kv, key_layout).unbind(1)
+        return _varlen(_silenced(q, query_layout), k, v, query_layout, key_layout, False, dropout)
+    parts = to_cells(q, query_layout), to_cells(kv, key_layout), key_masks(key_layout)
+    heads = list[Tensor]()
+    for queries, cells, mask in zip(*parts, strict=True):
+        k, v = cells.unbind(2)
+        heads.append(scaled_dot_product(queries, k, v, mask, dropout=dropout))
+    return to_slots(heads, query_layout)
 
 
 def attend_to_self(
     qkv: Tensor, layout: Layout, causal: bool = False, dropout: float = 0.0
 ) -> Tensor:
-    """Give `attend(q, k, v, layout, layout, ...)` where one tensor holds all three: one gather.
+    """Let each token gather values from its own sentence.
 
     Args:
-        qkv: [slots, 3, heads, qkv] if packed, [N, L, 3, heads, qkv] if padded.
+        qkv: queries, keys and values, [slots, 3, heads, qkv] or [N, L, 3, heads, qkv].
         layout: where the sentences lie.
         causal: no token sees a later one.
         dropout: probability of dropping an attention weight.
 
     Returns:
-        [slots, heads, qkv] or [N, L, heads, qkv].
+        [slots, heads, qkv] or [N, L, heads, qkv], otherwise as `attend`.
     """
-    q, k, v = to_cells(qkv, layout).unbind(2)
-    mask = None if causal else key_mask(layout)
-    return to_slots(scaled_dot_product(q, k, v, mask, causal, dropout), layout)
+    if layout.kernel == "packed":
+        return _packed(qkv, None, layout, layout, causal, dropout)
+    if layout.kernel == "varlen":
+        q, k, v = _silenced(qkv, layout).unbind(1)
+        return _varlen(q, k, v, layout, layout, causal, dropout)
+    heads = list[Tensor]()
+    for cells, mask in zip(to_cells(qkv, layout), key_masks(layout), strict=True):
+        q, k, v = cells.unbind(2)
+        heads.append(scaled_dot_product(q, k, v, None if causal else mask, causal, dropout))
+    return to_slots(heads, layout)
+
+
+def _packed(
+    x: Tensor,
+    memory: Tensor | None,
+    query_layout: Layout,
+    key_layout: Layout,
+    causal: bool,
+    dropout: float,
+) -> Tensor:
+    # Imported where it is used: it needs Triton, which not every machine has.
+    from dtrain.kernels.packed_attention import packed_attention
+
+    return packed_attention(x, memory, query_layout, key_layout, causal, dropout)
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_layout: Layout,
+    key_layout: Layout,
+    causal: bool,
+    dropout: float,
+) -> Tensor:
+    """Call torch's kernel with numbers that are the same for every batch."""
+    from torch.nn.attention.varlen import varlen_attn  # takes seconds to import
+
+    if dropout:
+        raise ValueError("the varlen kernel cannot drop attention weights")
+    assert query_layout.boundaries is not None, "the layout is of another kernel"
+    assert key_layout.boundaries is not None, "the layout is of another kernel"
+    # The sides have as many sentences as each other, and then any number of empty ones.
+    count = min(len(query_layout.boundaries), len(key_layout.boundaries))
+    out = varlen_attn(
+        *(q, k, v, query_layout.boundaries[:count], key_layout.boundaries[:count]),
+        *(query_layout.max_length, key_layout.max_length),
+        window_size=(-1, 0) if causal else (-1, -1),
+    )
+    assert isinstance(out, Tensor), "nothing else was asked for"
+    return _silenced(out, query_layout)
+
+
+def _silenced(x: Tensor, layout: Layout) -> Tensor:
+    """Put zeros into slack, in forward and in backward: torch's kernel leaves it as memory was."""
+    assert layout.token_mask is not None, "the layout is packed"
+    return x.where(layout.token_mask.view(-1, *[1] * (x.dim() - 1)), 0)
 
 
 def scaled_dot_product(
@@ -98,25 +156,50 @@ def key_mask(layout: Layout) -> Tensor:
 
     A causal attention needs no such mask: padding comes last, where only padding can see it.
     """
-    # A sentence without a token must see something too: a softmax over nothing is not finite.
-    return padding_mask(layout.lengths.clamp(min=1), layout.mask.shape[1])[:, None, None]
+    assert layout.mask is not None, "only rectangles have padding"
+    return _seeing_something(layout.mask)
 
 
-def to_cells(x: Tensor, layout: Layout) -> Tensor:
-    """Give each sentence a row of its own: [slots, ...] -> [N, L, ...]; padded `x` stays.
+def key_masks(layout: Layout) -> list[Tensor]:
+    """Give the key_mask of each rectangle."""
+    if layout.slot_of_cell is None or layout.mask is None:
+        return [key_mask(layout)]
+    return [_seeing_something(mask) for mask in _rectangles(layout.mask, layout)]
+
+
+def _seeing_something(mask: Tensor) -> Tensor:
+    """[rows, columns] -> [rows, 1, 1, columns], with a first cell for sentences without a token.
+
+    A softmax over nothing is not finite.
+    """
+    is_first = torch.arange(mask.shape[1], device=mask.device) == 0
+    return (mask | is_first)[:, None, None]
+
+
+def to_cells(x: Tensor, layout: Layout) -> list[Tensor]:
+    """Give each sentence a row: [slots, ...] -> rectangles [rows, columns, ...]; padded `x` stays.
 
     Empty cells repeat some token; to_slots gives them no gradient, so they leave no trace.
     """
     if layout.slot_of_cell is None:
-        return x
-    return _gather(x, layout.slot_of_cell, layout.cell_of_slot, layout.token_mask)
+        return [x]
+    cells = _gather(x, layout.slot_of_cell, layout.cell_of_slot, layout.token_mask)
+    return _rectangles(cells, layout)
 
 
-def to_slots(x: Tensor, layout: Layout) -> Tensor:
-    """Undo to_cells: [N, L, ...] -> [slots, ...]; padded `x` stays. Slack repeats some token."""
+def to_slots(rectangles: list[Tensor], layout: Layout) -> Tensor:
+    """Undo to_cells: -> [slots, ...]; the padded one stays. Slack repeats some token."""
     if layout.cell_of_slot is None:
-        return x
-    return _gather(x.flatten(0, 1), layout.cell_of_slot, layout.slot_of_cell, layout.mask)
+        return rectangles[0]
+    cells = torch.cat([rectangle.flatten(0, 1) for rectangle in rectangles])
+    return _gather(cells, layout.cell_of_slot, layout.slot_of_cell, layout.mask)
+
+
+def _rectangles(cells: Tensor, layout: Layout) -> list[Tensor]:
+    """[cells, ...] -> [rows, columns, ...] of each rectangle."""
+    parts = cells.split_with_sizes([rows * columns for rows, columns in layout.rectangles])
+    shapes = layout.rectangles
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class _Gather(torch.autograd.Function):
@@ -128,13 +211,13 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(index, inverse, counts)
-        return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+        ctx.save_for_backward(inverse, counts)
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        index, inverse, counts = ctx.saved_tensors
-        rows = grad.flatten(0, index.dim() - 1).index_select(0, inverse.flatten())
+        inverse, counts = ctx.saved_tensors
+        rows = grad.index_select(0, inverse)
         return rows.mul_(counts.view(-1, *[1] * (rows.dim() - 1))), None, None, None
 
 

@@ -45,7 +45,7 @@ class MultiHeadAttention(nn.Module):
             layout: where the sentences of `x` lie.
             memory: gives keys and values, likewise; `x` if None.
             memory_layout: where the sentences of `memory` lie.
-            causal: no token of `x` sees a later one.
+            causal: no token of `x` sees a later one; only without memory.
 
         Returns:
             Like `x`.
@@ -54,8 +54,8 @@ class MultiHeadAttention(nn.Module):
         if memory is None or memory_layout is None:
             heads = attend_to_self(self._split(self.qkv_proj(x)), layout, causal, dropout)
         else:
-            k, v = self.project_memory(memory).unbind(-3)
-            heads = attend(self._project_query(x), k, v, layout, memory_layout, causal, dropout)
+            kv = self.project_memory(memory)
+            heads = attend(self._project_query(x), kv, layout, memory_layout, dropout)
         return self.o_proj(heads.flatten(-2))
 
     def project_memory(self, memory: Tensor) -> Tensor:
@@ -64,24 +64,22 @@ class MultiHeadAttention(nn.Module):
         weight, bias = self.qkv_proj.weight[width:], self.qkv_proj.bias[width:]
         return self._split(F.linear(memory, weight, bias))
 
-    def step(self, x: Tensor, past: Tensor, length: int) -> Tensor:
-        """Attend from one new token of each row to itself and all before it.
+    def step(self, x: Tensor, past: Tensor, past_mask: Tensor | None) -> Tensor:
+        """Attend from one new token of each rival to itself and those that it comes from.
 
         Args:
-            x: the tokens, [rows, hidden].
-            past: keys and values of earlier tokens, [rows, 2, capacity, heads, qkv]; the new ones
-                are written to it.
-            length: tokens in `past` so far, fewer than its capacity.
+            x: the tokens, [N, rivals, hidden].
+            past: keys and values of the tokens so far, [N, length, 2, heads, qkv]; those of the new
+                ones are written to its last places.
+            past_mask: which tokens each rival sees, [N, 1, rivals, length]; all if None.
 
         Returns:
-            [rows, hidden].
+            [N, rivals, hidden].
         """
-        q, k, v = self._split(self.qkv_proj(x)).unbind(1)
-        past[:, 0, length] = k
-        past[:, 1, length] = v
-        keys, values = past[:, :, : length + 1].unbind(1)
-        heads = scaled_dot_product(q[:, None], keys, values)
-        return self.o_proj(heads.flatten(1))
+        qkv = self._split(self.qkv_proj(x))
+        past[:, -x.shape[1] :] = qkv[:, :, 1:]
+        k, v = past.unbind(2)
+        return self.o_proj(scaled_dot_product(qkv[:, :, 0], k, v, past_mask).flatten(2))
 
     def step_memory(self, x: Tensor, memory_kv: Tensor, memory_mask: Tensor) -> Tensor:
         """Attend from new tokens to the source sentence, several rivals to the same one.

@@ -37,7 +37,7 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Add to tokens [slots, hidden] or [N, S, hidden] their sentences' positions."""
-        return x + self.up_to(layout.mask.shape[1])[layout.positions]
+        return x + self.up_to(layout.max_length)[layout.positions]
 
     def up_to(self, length: int) -> Tensor:
         """Give the encodings of at least the positions 0 to length - 1: [positions, hidden]."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain.kernels.dropout import dropout
+from dtrain.kernels.residual import add_and_norm
 from dtrain.model.settings import ModelSettings
 
 
@@ -41,9 +41,10 @@ class Residual(nn.Module):
         self.norm = nn.LayerNorm(settings.hidden_dim)
         self.norm_first = settings.norm == "pre"
         self.dropout = settings.dropout
+        self.fused = False  # put on from outside
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
         y = sublayer(self.norm(x) if self.norm_first else x)
-        y = x + dropout(y, self.dropout, self.training)
-        return y if self.norm_first else self.norm(y)
+        norm = None if self.norm_first else self.norm
+        return add_and_norm(x, y, norm, self.dropout, self.training, self.fused)
