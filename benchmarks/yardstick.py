@@ -24,11 +24,11 @@ from dtrain.data.plan import DistributedTokenSampler
 from dtrain.data.preparation import num_cores
 from dtrain.distributed import connect
 from dtrain.metrics import Metrics
-from dtrain.model.settings import ModelSettings
 from dtrain.preemption import Deadline, StopSignal
 from dtrain.start import claimed
 from dtrain.supervision import watched
 from dtrain.train import Training
+from dtrain.utilisation import training_flops as training_flops  # for the benchmarks, as it was
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,25 +37,6 @@ Row = dict[str, object]
 
 Shape = tuple[int, int, int]
 """Of a matrix product: [m, k] @ [k, n]."""
-
-
-def training_flops(
-    model: ModelSettings, vocabulary_size: int, source_tokens: float, target_tokens: float
-) -> float:
-    """Count the floating point operations that training on some tokens needs.
-
-    Six for each weight and token: a multiplication and an addition, forward once and backward
-    twice. A source token passes the encoder and is made keys and values of in every decoder block;
-    a target token passes the decoder and the output layer. Padding counts nothing. Attention
-    scores, under 1 % for sentences, are left out.
-    """
-    square = model.hidden_dim**2
-    feed_forward = 2 * model.hidden_dim * model.feed_forward_dim
-    source = model.num_encoder_layers * (4 * square + feed_forward)
-    source += model.num_decoder_layers * 2 * square
-    target = model.num_decoder_layers * (6 * square + feed_forward)
-    target += model.hidden_dim * vocabulary_size
-    return 6 * (source * source_tokens + target * target_tokens)
 
 
 def matmul_rate(shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float) -> float:

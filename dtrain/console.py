@@ -127,7 +127,7 @@ class LiveConsole:
         self._values = {**self._values, **values}
         self._pace.note(step)
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:  # noqa: ARG002
+    def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:  # noqa: ARG002 - it is shown
         """Print translations, each below its source and reference."""
         self._print(_sample_lines(rows))
 
@@ -186,8 +186,9 @@ def _step(step: int, max_steps: int) -> str:
     return f"step {step}/{max_steps}" if max_steps else f"step {step}"
 
 
-_PLAIN = ("train/loss", "train/perplexity", "train/learning_rate", "train/tokens_per_second")
-_LIVE = ("train/loss", "train/learning_rate", "train/tokens_per_second", "epoch")
+_SPEED = ("train/tokens_per_second", "train/mfu")
+_PLAIN = ("train/loss", "train/perplexity", "train/learning_rate", *_SPEED)
+_LIVE = ("train/loss", "train/learning_rate", *_SPEED, "epoch")
 
 
 def _training_parts(
@@ -198,6 +199,7 @@ def _training_parts(
         "train/perplexity": lambda value: f"ppl {_four_digits(value)}",
         "train/learning_rate": lambda value: f"lr {value:.1e}",
         "train/tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+        "train/mfu": lambda value: f"mfu {100 * value:.1f} %",
         "epoch": lambda value: f"epoch {value:.3g}",
     }
     parts = [forms[name](values[name]) for name in shown if name in values]

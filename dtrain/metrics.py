@@ -11,7 +11,6 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,6 +27,9 @@ class MetricsSettings(BaseModel):
 
     every_steps: int = Field(
         10, ge=0, description="steps from one logged step to the next; 0: none"
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="what a rank's device can do, for train/mfu; null: by data sheet"
     )
 
 
@@ -181,12 +183,7 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close("completed" if kind is None else "failed")
 
 

@@ -63,7 +63,7 @@ def outcome(config: Config) -> tuple[dict[str, str], list[dict[str, object]]]:
     files = json.loads((newest / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
     hashes = {name: files[name]["sha256"] for name in files if name.endswith(".safetensors")}
     text = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8")
-    clocked = ("per_second", "seconds", "share", "memory_gib")
+    clocked = ("per_second", "seconds", "share", "memory_gib", "tflops", "rank", "ratio")
     lines = [
         {key: value for key, value in json.loads(line).items() if not key.endswith(clocked)}
         for line in text.splitlines()

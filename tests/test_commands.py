@@ -374,7 +374,9 @@ def test_a_killed_attempt_is_known_before_the_next_one_notes_it(dtrain, begun):
     write_json(begun.identity_file, {"attempts": [attempt]})
     begun.write_status("running", 7, None, "saved")
     begun.heartbeats.mkdir()
-    sign = Sign(1, 0, "n1", 5, 5, 1, 9, 0, "backward", 0.0, 1060.0, True, "rank 1 is gone " * 9)
+    sign = Sign(
+        1, 0, "n1", None, 5, 5, 1, 9, 0, "backward", 0.0, 1060.0, True, "rank 1 is gone " * 9
+    )
     (begun.heartbeats / "rank-0.json").write_text(json.dumps(asdict(sign)), encoding="utf-8")
     found = status_lines(dtrain("status", begun.path))
     assert found["status"] == [f"killed: {sign.why}; before that: saved"]
@@ -431,12 +433,25 @@ def test_the_best_is_the_best_by_the_runs_own_metric(dtrain, begun, toy):
     assert "best loss    1.25 at step 6\n" in dtrain("status", begun.path)
 
 
+def test_status_says_how_fast_the_last_logged_step_was(dtrain, begun):
+    values = {"tokens_per_second": 12300.4, "mfu": 0.4123}
+    shares = {"data_wait": 0.01, "forward_backward": 0.9, "reduction": 0.05, "optimizer": 0.04}
+    line = {f"train/{name}": value for name, value in values.items()}
+    line |= {f"train/{name}_share": value for name, value in shares.items()}
+    text = "".join(json.dumps({"step": s, **v}) + "\n" for s, v in ((5, line), (6, {"epoch": 1})))
+    (begun.path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert status_lines(dtrain("status", begun.path))["speed"] == [
+        "12,300 target tokens/s, 41.2 % of the devices' peak; "
+        "data 1 %, forward and backward 90 %, reduction 5 %, optimizer 4 %"
+    ]
+
+
 def test_status_of_a_run_that_is_running(dtrain, begun):
     with RunLock(begun.path, environ={"SLURM_JOB_ID": "55"}) as lock, begun.attempt(lock, 6):
         begun.heartbeats.mkdir()
         for rank in range(6):
             step, phase = (8, "before_optimizer") if rank == 3 else (9, "in_validation")
-            sign = Sign(1, rank, "n1", 5, 5, 1, step, 0, phase, 0.0, time.time(), False, "")
+            sign = Sign(1, rank, "n1", None, 5, 5, 1, step, 0, phase, 0.0, time.time(), False, "")
             path = begun.heartbeats / f"rank-{rank}.json"
             path.write_text(json.dumps(asdict(sign)), encoding="utf-8")
         found = status_lines(dtrain("status", begun.path))

@@ -16,6 +16,7 @@ TRAINING = {
     "train/perplexity": 98.123,
     "train/learning_rate": 3.14e-4,
     "train/tokens_per_second": 12300.4,
+    "train/mfu": 0.41234,
     "train/grad_norm": 0.5,
     "epoch": 3,
 }
@@ -31,7 +32,7 @@ def test_standard_output_that_is_no_terminal_gets_plain_lines(capsys):
     console.message("a notice")
     console.close()
     assert capsys.readouterr().out.splitlines() == [
-        "step 120/4000  loss 5.231  ppl 98.1  lr 3.1e-04  12,300 tokens/s",
+        "step 120/4000  loss 5.231  ppl 98.1  lr 3.1e-04  12,300 tokens/s  mfu 41.2 %",
         "step 200/4000  validation  nll 2.345  bleu 21.0  chrf 45.1",
         "a notice",
     ]

@@ -76,6 +76,7 @@ def facts(run: "RunDirectory") -> dict[str, Any]:
         "metric": metric,
         "epoch": next((line["epoch"] for line in reversed(lines) if "epoch" in line), None),
         "last_metrics": lines[-1] if lines else {},
+        "speed": next((x for x in reversed(lines) if "train/tokens_per_second" in x), {}),
         "best": best_of(lines, metric),
         "checkpoints": [path.name for path in saved],
         "last_checkpoint": good.name if good else None,
@@ -180,6 +181,8 @@ def table(found: dict[str, Any]) -> str:
             phase = place["phase"].replace("_", " ")
             lines.append(("", f"{_ranks(place['ranks'])} at step {place['step']}, {phase}"))
     lines.append(("step", _step(found)))
+    if found["speed"]:
+        lines.append(("speed", _speed(found["speed"])))
     if found["best"]:
         name = {"bleu": "BLEU", "chrf": "chrF", "nll": "loss"}[found["metric"]]
         score = found["best"][f"validation/{found['metric']}"]
@@ -222,6 +225,21 @@ def _step(found: dict[str, Any]) -> str:
     if found["epoch"] is not None:
         text += f", epoch {found['epoch'] + 1}"
     return text
+
+
+def _speed(line: dict[str, float]) -> str:
+    """Say how fast the last logged step was, and what its time went to."""
+    text = f"{line['train/tokens_per_second']:,.0f} target tokens/s"
+    if "train/mfu" in line:
+        text += f", {100 * line['train/mfu']:.1f} % of the devices' peak"
+    shares = {
+        "data": "train/data_wait_share",
+        "forward and backward": "train/forward_backward_share",
+        "reduction": "train/reduction_share",
+        "optimizer": "train/optimizer_share",
+    }
+    parts = [f"{name} {100 * line[key]:.0f} %" for name, key in shares.items() if key in line]
+    return f"{text}; {', '.join(parts)}" if parts else text
 
 
 def _checkpoint(found: dict[str, Any]) -> str:
