@@ -4,15 +4,16 @@ A batch that does not fit in memory is found out at once, not hours later, and t
 which size would fit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from dtrain.batch import Batch
+from dtrain.config import Config
 from dtrain.data.loader import Store, collate
 from dtrain.data.plan import BatchPlan, Cursor, Ids
-from dtrain.data.settings import BatchSettings
+from dtrain.data.settings import LEAST_SLOTS
 from dtrain.distributed import World
 from dtrain.errors import UserError
 
@@ -23,7 +24,7 @@ def rehearse(
     store: Store,
     start: Cursor,
     world: World,
-    max_length: int,
+    sizes: Sequence[int],
 ) -> None:
     """Try on every rank whether the heaviest micro-batch to come fits in memory.
 
@@ -33,17 +34,16 @@ def rehearse(
         store: its tokens.
         start: where training goes on; the heaviest of that window is tried.
         world: ranks that try at the same time.
-        max_length: tokens of the longest sentence allowed, which a micro-batch must hold.
+        sizes: that a micro-batch might have, in slots, the largest first.
 
     Raises:
         UserError: on all ranks, if it does not fit on one of them.
     """
     ids = heaviest(plan, plan.window(start.epoch, start.window))
-    if not any(world.gather(not _fits(backward, collate(plan, store, ids)))):
+    if not any(world.gather(not fits(backward, collate(plan, store, ids)))):
         return
-    settings = plan.settings
-    sizes = smaller_sizes(settings, world.size, max_length)
-    fitting = (size for size in sizes if _fits(backward, _cut_down(plan, store, ids, size)))
+    smaller = [size for size in sizes if size < plan.target_slots]
+    fitting = (size for size in smaller if fits(backward, _cut_down(plan, store, ids, size)))
     largest = min(world.gather(next(fitting, 0)))
     advice = (
         f"{largest} would fit: --batch.tokens_per_micro_batch={largest}"
@@ -51,9 +51,25 @@ def rehearse(
         else "no smaller size fits either; make the model smaller or use more memory"
     )
     raise UserError(
-        f"a micro-batch of {settings.tokens_per_micro_batch} tokens does not fit in the memory of "
+        f"a micro-batch of {plan.target_slots} tokens does not fit in the memory of "
         f"{world.device}; {advice}"
     )
+
+
+def possible_sizes(config: Config, num_ranks: int) -> list[int]:
+    """List the micro-batches that a step can be made of, in slots, the largest first.
+
+    Each divides the step, holds the longest sentence allowed, and leaves none of the ranks without
+    work; a tree needs a power of two of them.
+    """
+    step = config.batch.tokens_per_step
+    most = step // max(config.data.max_length, LEAST_SLOTS)
+    return [
+        step // count
+        for count in range(num_ranks, most + 1)
+        if step % count == 0
+        and (config.distributed.reduction != "tree" or count & (count - 1) == 0)
+    ]
 
 
 def heaviest(plan: BatchPlan, micro_batches: list[Ids]) -> Ids:
@@ -67,16 +83,6 @@ def heaviest(plan: BatchPlan, micro_batches: list[Ids]) -> Ids:
     return max(micro_batches, key=cells)
 
 
-def smaller_sizes(settings: BatchSettings, num_ranks: int, max_length: int) -> list[int]:
-    """List the smaller sizes of a micro-batch that a step could be made of, the largest first."""
-    step = settings.tokens_per_step
-    return [
-        step // count
-        for count in range(settings.micro_batches_per_step + 1, step // max_length + 1)
-        if step % count == 0 and count >= num_ranks
-    ]
-
-
 def _cut_down(plan: BatchPlan, store: Store, ids: Ids, size: int) -> Batch:
     """Make a batch of a smaller number of slots from as many of the sentences as it holds."""
     source_slots = -(-plan.source_slots * size // plan.target_slots)
@@ -84,10 +90,12 @@ def _cut_down(plan: BatchPlan, store: Store, ids: Ids, size: int) -> Batch:
     source_tokens = np.cumsum(plan.lengths.source_lengths(ids))
     target_tokens = np.cumsum(plan.lengths.target_lengths(ids))
     count = max(1, int(((source_tokens <= source_slots) & (target_tokens <= size)).sum()))
-    return Batch.packed(*store.gather(ids[:count]), source_slots, size)
+    chosen = store.gather(ids[:count])
+    return Batch.packed(*chosen, source_slots, size, plan.kernel, plan.max_length)
 
 
-def _fits(backward: Callable[[Batch], object], batch: Batch) -> bool:
+def fits(backward: Callable[[Batch], object], batch: Batch) -> bool:
+    """Say whether a batch runs through without running out of memory."""
     try:
         backward(batch)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError

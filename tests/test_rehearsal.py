@@ -9,9 +9,9 @@ import pytest
 from worlds import run_world
 
 from dtrain import train
-from dtrain.data.settings import BatchSettings
+from dtrain.config import load_config
 from dtrain.errors import UserError
-from dtrain.rehearsal import heaviest, smaller_sizes
+from dtrain.rehearsal import heaviest, possible_sizes
 
 
 def test_the_heaviest_micro_batch_has_the_largest_rectangles():
@@ -26,24 +26,34 @@ def test_the_heaviest_micro_batch_has_the_largest_rectangles():
 
 
 @pytest.mark.parametrize(
-    ("step", "micro_batch", "ranks", "max_length", "sizes"),
+    ("reduction", "step", "ranks", "max_length", "sizes"),
     [
-        (25088, 3136, 1, 256, [1792, 1568, 896, 784, 512, 448, 392, 256]),
-        (25088, 3136, 16, 256, [1568, 896, 784, 512, 448, 392, 256]),
-        (512, 512, 2, 40, [256, 128, 64]),
-        (512, 64, 1, 40, []),
+        ("ddp", 25088, 16, 256, [1568, 896, 784, 512, 448, 392, 256]),
+        ("ddp", 512, 2, 40, [256, 128, 64]),
+        ("ddp", 512, 9, 64, []),
+        ("ddp", 36, 1, 2, [36, 18, 12, 9]),
+        ("tree", 25088, 1, 256, [25088, 12544, 6272, 3136, 1568, 784, 392]),
+        ("tree", 25088, 8, 256, [3136, 1568, 784, 392]),
     ],
 )
-def test_smaller_sizes_divide_the_step_and_hold_every_sentence(
-    step, micro_batch, ranks, max_length, sizes
+def test_sizes_divide_the_step_hold_every_sentence_and_feed_every_rank(
+    reduction, step, ranks, max_length, sizes
 ):
-    settings = BatchSettings(tokens_per_step=step, tokens_per_micro_batch=micro_batch)
+    counts = [1, 2, 4, 8, 16, 32, 64] if reduction == "tree" else range(1, step + 1)
     brute = [
         size
-        for size in range(micro_batch - 1, max_length - 1, -1)
-        if step % size == 0 and step // size >= ranks
+        for size in range(step, max(max_length, 8) - 1, -1)
+        if step % size == 0 and step // size >= ranks and step // size in counts
     ]
-    assert smaller_sizes(settings, ranks, max_length) == brute == sizes
+    settings = {
+        "batch.tokens_per_step": step,
+        "batch.tokens_per_micro_batch": "auto",
+        "data.max_length": max_length,
+        "distributed.reduction": reduction,
+        "validation.every_steps": 0,
+    }
+    config = load_config(None, [f"--{key}={value}" for key, value in settings.items()])
+    assert possible_sizes(config, ranks) == brute == sizes
 
 
 def refused(config, room: int) -> str:
