@@ -33,6 +33,13 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class ProfileSettings(_Section):
+    """Steps that a profiler looks into, counted from the start of the process."""
+
+    start: int = Field(20, ge=2, description="the first of them; 1 is the first of this start")
+    steps: int = Field(5, ge=1, description="how many")
+
+
 class RunSettings(_Section):
     """What is run, where it is kept, and for how long."""
 
@@ -54,6 +61,9 @@ class RunSettings(_Section):
     )
     time_limit: float | str | None = Field(
         None, description="save and leave before it: seconds or HH:MM:SS; null: the SLURM job's end"
+    )
+    profile: ProfileSettings | None = Field(
+        None, description="{start: 20, steps: 5}: write a trace of these steps of this start"
     )
 
     @field_validator("time_limit")
@@ -85,20 +95,52 @@ class LossSettings(_Section):
 class DistributedSettings(_Section):
     """How ranks work together."""
 
-    reduction: Literal["ddp", "tree"] = Field(
-        "ddp", description="tree: the same bits on 1, 2, 4, ... ranks; slower"
+    reduction: Literal["ddp", "tree", "flat"] = Field(
+        "ddp", description="tree: the same bits on 1, 2, 4, ... ranks, slower; flat: after backward"
+    )
+    gradient_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="in which ddp sums over the ranks; bf16 halves what is sent"
+    )
+    bucket_mb: Literal["auto"] | PositiveInt = Field(
+        "auto", description="MiB that ddp reduces at once; auto: 25, on the CPU all of it"
+    )
+    shard_optimizer: bool = Field(
+        False, description="split Adam's moments over the ranks (ZeRO-1); the same bits"
     )
     first_step_timeout: int = Field(
         600, ge=1, description="seconds without any progress that end a run, up to its first step"
     )
     timeout: int = Field(120, ge=1, description="likewise, after the first step of each start")
 
+    def check_reduction(self) -> None:
+        """Refuse what the way to reduce has no use for: the tree sums in fp32, and at once."""
+        unused = {"ddp": [], "flat": ["bucket_mb"], "tree": ["gradient_dtype", "bucket_mb"]}
+        for key in unused[self.reduction]:
+            value = getattr(self, key)
+            if value != DistributedSettings.model_fields[key].default:
+                raise ValueError(
+                    f"distributed.{key} {value} is not for distributed.reduction {self.reduction}; "
+                    f"leave one of the two out"
+                )
+
 
 class KernelsSettings(_Section):
     """Fast paths."""
 
+    attention: Literal["auto", "padded", "varlen", "packed"] = Field(
+        "auto", description="packed, varlen: on GPUs; auto: what works there, then recorded"
+    )
     compile: Literal["auto"] | bool = Field(
         "auto", description="torch.compile; auto: off, until its dropout is checked on a GPU"
+    )
+    cuda_graph: Literal["auto"] | bool = Field(
+        "auto", description="a step as two CUDA graphs; auto: off, until it is proven on a GPU"
+    )
+    loss: Literal["auto", "plain", "fused"] = Field(
+        "auto", description="fused: cross-entropy by Triton; auto: if it is right on the GPU"
+    )
+    residual: Literal["auto", "plain", "fused"] = Field(
+        "auto", description="fused: dropout, sum and norm by Triton; auto: if right on the GPU"
     )
 
 
@@ -145,19 +187,24 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "Config":
-        if self.batch.tokens_per_micro_batch < self.data.max_length:
+        batch = self.batch
+        key = "tokens_per_micro_batch"
+        if batch.tokens_per_micro_batch == "auto":  # at most the whole step, and then there is one
+            key = "tokens_per_step"
+        slots = getattr(batch, key)
+        if slots < self.data.max_length:
             raise ValueError(
-                f"batch.tokens_per_micro_batch {self.batch.tokens_per_micro_batch} cannot hold a "
-                f"sentence of data.max_length {self.data.max_length} tokens"
+                f"batch.{key} {slots} cannot hold a sentence of data.max_length "
+                f"{self.data.max_length} tokens"
             )
-        count = self.batch.micro_batches_per_step
+        count = batch.tokens_per_step // slots
         if self.distributed.reduction == "tree" and count & (count - 1):
             raise ValueError(
                 f"distributed.reduction tree needs a power of two of micro-batches a step, not "
-                f"{count}; set batch.tokens_per_step to "
-                f"{self.batch.tokens_per_micro_batch << (count.bit_length() - 1)} or "
-                f"{self.batch.tokens_per_micro_batch << count.bit_length()}"
+                f"{count}; set batch.tokens_per_step to {slots << (count.bit_length() - 1)} or "
+                f"{slots << count.bit_length()}"
             )
+        self.distributed.check_reduction()
         if not self.run.max_steps and not self.run.max_epochs:
             raise ValueError("run.max_steps and run.max_epochs are both 0: the run would never end")
         if self.schedule.name in ("linear", "cosine") and not self.run.max_steps:
@@ -193,10 +240,13 @@ FREE_TO_CHANGE = [
     "run.threads",
     "run.prepare",
     "run.time_limit",
+    "run.profile",
     "data.train",
     "data.validation",
     "data.test",
     "data.dir",
+    "distributed.bucket_mb",
+    "distributed.shard_optimizer",
     "distributed.first_step_timeout",
     "distributed.timeout",
     "kernels",
@@ -319,7 +369,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        inner = values.setdefault(section, {})
+        if values.get(section) is None:
+            values[section] = {}
+        inner = values[section]
         if not isinstance(inner, dict):
             raise UserError(f"--{key}: {section} has no keys of its own")
         values = inner
@@ -329,9 +381,8 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 def _explain(item: dict[str, Any], given: dict[str, Any], origin: str) -> str:
     """Say in one line which key is wrong, where it stands, and what would be right."""
     parts, known = [str(part) for part in item["loc"]], set(_known_keys())
-    if item["type"] != "extra_forbidden" and ".".join(parts[:-1]) in known - set(
-        Config.model_fields
-    ):
+    is_known = item["type"] == "extra_forbidden" or ".".join(parts) in known
+    if not is_known and ".".join(parts[:-1]) in known - set(Config.model_fields):
         parts.pop()  # which of a setting's several types was tried
     key = ".".join(parts)
     where = "command line" if any(key.startswith(name) for name in given) else origin
@@ -351,6 +402,7 @@ def _known_keys() -> Iterator[str]:
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             yield from (f"{name}.{key}" for key in section.model_fields)
+    yield from (f"run.profile.{key}" for key in ProfileSettings.model_fields)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

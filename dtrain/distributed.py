@@ -3,23 +3,27 @@
 import faulthandler
 import inspect
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
+
+# Not all of them are in its __all__.
+from torch.distributed import GradBucket, HashStore, ProcessGroup  # type: ignore[attr-defined]
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.errors import UserError
+from dtrain.waiting import beating, wait_for_main
 
 # What PyTorch 2.13 calls forward_sync_buffers was broadcast_buffers before. The only buffer is the
 # table of positions, the same everywhere.
@@ -29,8 +33,6 @@ if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
 
 MEETING_SECONDS = 0.02
 SECONDS_TO_LEAVE = 10.0
-HEARTBEAT_SECONDS = 2.5
-HEARTBEATS_MISSED = 10  # then the others give rank 0 up
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class World:
     local_size: int
     device: torch.device
     store: c10d.Store
+    _wrapped: list[DistributedDataParallel] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -61,23 +64,86 @@ class World:
         """Machines that take part."""
         return self.size // self.local_size
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Let backward average gradients over the ranks; a world of one needs no wrapper."""
+    def wrap(
+        self,
+        module: nn.Module,
+        bucket_mb: int | Literal["auto"] = "auto",
+        dtype: torch.dtype = torch.float32,
+    ) -> nn.Module:
+        """Let backward average gradients over the ranks; a world of one needs no wrapper.
+
+        Args:
+            module: gives the loss.
+            bucket_mb: MiB of gradients that are reduced together, while backward goes on with the
+                others. auto: what torch takes on a GPU; all at once on a CPU, whose cores have
+                enough to do with backward.
+            dtype: in which they travel and are summed, fp32 or bf16.
+        """
         if self.size == 1:
             return module
+        on_gpu = self.device.type == "cuda"
+        if bucket_mb == "auto":
+            bucket_mb = 0 if on_gpu else 1 + sum(p.nbytes for p in module.parameters()) // 2**20
         buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             module,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
+            device_ids=[self.device] if on_gpu else None,
             gradient_as_bucket_view=True,
+            bucket_cap_mb=bucket_mb or None,  # None: 25, but 1 for the first
             **buffers,
         )
+        if dtype is torch.bfloat16:
+            wrapped.register_comm_hook(None, _reduce_in_bf16)
+        self._wrapped.append(wrapped)
+        return wrapped
 
     def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:
         """Hold back the reduction; both forward and backward must happen inside."""
         if isinstance(module, DistributedDataParallel):
             return module.no_sync()
         return nullcontext()
+
+    def shard(
+        self,
+        kind: type[torch.optim.Optimizer],
+        groups: list[dict[str, Any]],
+        **settings: Any,
+    ) -> torch.optim.Optimizer:
+        """Make an optimizer whose moments are split over the ranks; a world of one needs none.
+
+        ZeRO-1 (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, 5.1): each rank holds the
+        moments of some parameters and updates those, then all get them from it. Every parameter
+        belongs to one rank as a whole, so that the update is the same, bit for bit.
+
+        Args:
+            kind: the optimizer of one rank's share, which is the attribute `optim`.
+            groups: of parameters, as any optimizer takes them.
+            settings: for all of them.
+        """
+        if self.size == 1:
+            return kind(groups, **settings)
+        with warnings.catch_warnings():  # of what torch makes other optimizers with, for a second
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+        return ZeroRedundancyOptimizer(groups, kind, parameters_as_bucket_view=True, **settings)
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring tensors that each rank has under names of its own to rank 0, by way of the CPU.
+
+        Returns:
+            On rank 0 those of all other ranks; nothing elsewhere.
+        """
+        facts = self.gather([(name, t.shape, t.dtype) for name, t in tensors.items()])
+        received = dict[str, Tensor]()
+        if not self.is_main:
+            for tensor in tensors.values():
+                dist.send(tensor.cpu().contiguous(), 0)
+            return received
+        for rank, theirs in enumerate(facts[1:], start=1):
+            for name, shape, dtype in theirs:
+                received[name] = torch.empty(shape, dtype=dtype)
+                dist.recv(received[name], rank)
+        return received
 
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor up over all ranks, in place, on whatever device it is."""
@@ -190,14 +256,14 @@ class World:
             return task()
         shared: list[tuple[Any, str | None]] = [(None, None)]
         if self.is_main:
-            with _heart(self.store):
+            with beating(self.store):
                 try:
                     shared = [(task(), None)]
                 except UserError as error:
                     shared = [(None, str(error))]
             self.store.add(f"done/{self._task_number()}", 1)
         else:
-            self._wait_for(f"done/{self._task_number()}")
+            wait_for_main(self.store, f"done/{self._task_number()}", self.rank)
         dist.broadcast_object_list(shared, src=0)
         value, mistake = shared[0]
         if mistake is not None:
@@ -208,41 +274,10 @@ class World:
         """Count this rank's calls of `from_main`, so that each waits for its own."""
         return int(self.store.add(f"calls/{self.rank}", 1))
 
-    def _wait_for(self, key: str) -> None:
-        """Wait until rank 0 has set a key, for as long as its heart beats.
 
-        A thread asks the store, since a store whose process is stopped never answers.
-        """
-        heard, done = _Heard(), threading.Event()
-
-        def ask() -> None:
-            while not done.is_set():
-                try:
-                    self.store.wait([key], timedelta(seconds=HEARTBEAT_SECONDS))
-                    done.set()
-                except dist.DistStoreError:
-                    heard.note(self.store.add("heartbeat", 0))
-
-        threading.Thread(target=ask, daemon=True, name="waiting for rank 0").start()
-        while not done.wait(MEETING_SECONDS):
-            silence = time.monotonic() - heard.at
-            if silence > HEARTBEAT_SECONDS * HEARTBEATS_MISSED:
-                done.set()
-                raise RuntimeError(
-                    f"rank {self.rank}: rank 0 gave no sign of life for {silence:.0f} s while it "
-                    f"got the run ready: its process is stopped, or its machine is gone"
-                )
-
-
-class _Heard:
-    """When the heart of rank 0 was heard last."""
-
-    def __init__(self) -> None:
-        self.beat, self.at = -1, time.monotonic()
-
-    def note(self, beat: int) -> None:
-        if beat != self.beat:
-            self.beat, self.at = beat, time.monotonic()
+def _reduce_in_bf16(group: ProcessGroup, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Call torch's hook, which DistributedDataParallel refuses by its name where NCCL is not."""
+    return bf16_compress_hook(group, bucket)
 
 
 @contextmanager
@@ -282,6 +317,10 @@ def connect(device: str, timeout: int) -> Iterator[World]:
     world = World(rank, size, local_size, chosen, c10d.PrefixStore("dtrain", store))
     yield world
     # Only on success: after an error a peer may be stuck in a collective, and cleaning up joins it.
+    for module in world._wrapped:
+        # They would hold the process group beyond its end, and whichever is the last to let go of
+        # it ends its threads: these two while they keep Python's lock, for which a thread may wait.
+        del module.logger, module.reducer
     dist.destroy_process_group()
     world.leave()
 
@@ -309,21 +348,3 @@ def _choose_device(name: str) -> torch.device:
             f"start that many processes (--nproc_per_node={torch.cuda.device_count()})"
         )
     return torch.device("cuda", local_rank)
-
-
-@contextmanager
-def _heart(store: c10d.Store) -> Iterator[None]:
-    """Beat in the store from a thread for as long as the context lasts."""
-    stopped = threading.Event()
-
-    def beat() -> None:
-        while not stopped.wait(HEARTBEAT_SECONDS / 2):
-            store.add("heartbeat", 1)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        thread.join()

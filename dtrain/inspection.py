@@ -13,8 +13,9 @@ from dtrain.data.store import PreparedData
 from dtrain.data.vocabulary import Vocabulary
 from dtrain.distributed import alone
 from dtrain.errors import UserError
+from dtrain.kernel_choice import CHECKS, choose_fused
 from dtrain.model.transformer import Transformer
-from dtrain.parts import build_model, build_plan, configure_torch
+from dtrain.parts import build_model, build_plan, choose_attention, configure_torch
 from dtrain.progress import Progress
 from dtrain.rerun import MicroBatch, Rerun
 from dtrain.run_directory import RunDirectory
@@ -96,6 +97,13 @@ def inspect_step(
     path, notices = choose_weights(directory.checkpoints, step, wanted)
     if config.kernels.compile is True:
         notices.append("the run was compiled and this is not: dropout differs")
+    # A run on GPUs can be looked at on a CPU, which has not the same kernels.
+    unset = config.kernels.model_copy(update=dict.fromkeys(["attention", *CHECKS], "auto"))
+    unset_config = config.model_copy(update={"kernels": unset})
+    attention, padded = choose_attention(unset_config, world.device, config.kernels.attention)
+    kernels, plain = choose_fused(unset_config, world.device, config.kernels)
+    kernels = kernels.model_copy(update={"attention": attention})
+    config, notices = config.model_copy(update={"kernels": kernels}), [*notices, *padded, *plain]
     state = {} if path is None else checkpoint.read_state(path)
     data, plan = open_data(config, directory, state)
     planned = find_step(plan, directory.path / cursors.CURSORS, step, state)

@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 from dtrain import checkpoint, weights
+from dtrain.batch import Kernel
 from dtrain.config import Config
 from dtrain.data.plan import BatchPlan, mix64, source_slots
 from dtrain.data.store import PreparedData
 from dtrain.data.vocabulary import Vocabulary
+from dtrain.errors import UserError
+from dtrain.kernels.attention_choice import what_is_wrong, why_not
+from dtrain.model.sublayer import Residual
 from dtrain.model.transformer import Transformer
 from dtrain.run_directory import RunDirectory
 
@@ -20,9 +24,13 @@ from dtrain.run_directory import RunDirectory
 def build_model(config: Config, vocabulary: Vocabulary) -> Transformer:
     """Make the model with the seed's random weights, the same on every rank and device."""
     seed_position(config.run.seed, 0, 0)
-    return Transformer(
+    model = Transformer(
         config.model, vocabulary.source_size, None if vocabulary.shared else vocabulary.target_size
     )
+    for module in model.modules():
+        if isinstance(module, Residual):
+            module.fused = config.kernels.residual == "fused"
+    return model
 
 
 def trained_model(run: Path, wanted: str) -> tuple[Transformer, Config, Vocabulary, Path]:
@@ -51,7 +59,9 @@ def build_plan(config: Config, data: PreparedData) -> BatchPlan:
     slots = source_slots(config.batch, data.manifest.length_ratio, config.data.max_length)
     weights = [corpus.weight for corpus in config.data.train]
     corpora = list(zip(data.manifest.corpus_sizes, weights, strict=True))
-    return BatchPlan(data.train, config.batch, slots, config.run.seed, corpora)
+    kernel: Kernel = "padded" if config.kernels.attention == "auto" else config.kernels.attention
+    form = kernel, config.data.max_length
+    return BatchPlan(data.train, config.batch, slots, config.run.seed, corpora, *form)
 
 
 def seed_position(seed: int, step: int, index: int) -> None:
@@ -64,6 +74,45 @@ def choose_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
     if device.type == "cpu":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+
+
+def choose_attention(
+    config: Config, device: torch.device, recorded: Kernel | Literal["auto"] = "auto"
+) -> tuple[Kernel, list[str]]:
+    """Say which kernel attends in training: `kernels.attention`, or what `auto` means there.
+
+    Args:
+        config: with the precision resolved.
+        device: of this rank; the others have such devices too.
+        recorded: what the run had so far, which `auto` keeps if it works there.
+
+    Returns:
+        The kernel, and what speaks against each that would have come before it.
+
+    Raises:
+        UserError: if the settings name one that does not work there.
+    """
+    model, wanted = config.model, config.kernels.attention
+    dtype = PRECISIONS[config.precision]
+    candidates: list[Kernel] = ["padded"]
+    if device.type == "cuda":
+        candidates = ["packed", "varlen", "padded"]
+    if recorded != "auto":
+        candidates = [recorded, "padded"]
+    if wanted != "auto":
+        candidates = [wanted]
+    notices = list[str]()
+    for kernel in candidates:
+        why = why_not(kernel, device, dtype, model.qkv_dim, model.attention_dropout)
+        if not why and kernel != "padded":
+            why = what_is_wrong(kernel, device, dtype, model.num_heads, model.qkv_dim)
+        if not why:
+            return kernel, notices
+        notices.append(f"the attention kernel {kernel} is not used: {why}")
+    raise UserError(
+        f"kernels.attention {wanted} does not work on this {device.type}: {why}; set it to auto or "
+        f"padded"
+    )
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,7 +135,10 @@ def configure_torch(config: Config, device: torch.device) -> None:
 
 
 def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer, scale: float) -> int:
-    """Sum up the bits of all weights and moments, and of the fp16 loss scale, to 62 bits."""
+    """Sum up the bits of all weights and moments, and of the fp16 loss scale, to 62 bits.
+
+    Without moments that are split over the ranks, whose places in the optimizer are empty.
+    """
     tensors = [p.detach() for p in model.parameters()]
     tensors += [t for state in optimizer.state.values() for t in state.values()]
     sums = [t.reshape(-1).view(torch.int32).sum(dtype=torch.int64) for t in tensors]

@@ -32,11 +32,14 @@ class Progress:
     skipped_in_a_row: int = 0
     train_seconds: float = 0.0
 
-    def advance(self, step: PlannedStep, *, updated: bool, seconds: float) -> None:
-        """Count a step that was run, with or without an update of the weights."""
+    def advance(self, step: PlannedStep) -> None:
+        """Count a step that was run."""
         self.step += 1
         self.tokens += step.num_target_tokens
         self.cursor = step.end
+
+    def note_outcome(self, *, updated: bool, seconds: float) -> None:
+        """Count how a step went: with or without an update of the weights."""
         self.skipped += not updated
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
         self.train_seconds += seconds

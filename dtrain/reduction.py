@@ -3,7 +3,9 @@
 `ddp` adds up a rank's micro-batches in their order and averages over the ranks as
 DistributedDataParallel does: fast, but another number of ranks adds in another order. `tree` adds
 in one fixed binary tree over all micro-batches of the step: the same bits on 1, 2, 4, ... ranks,
-for some more copies of the gradients and their exchange after backward instead of during it.
+for some more copies of the gradients and their exchange after backward instead of during it. `flat`
+adds up as `ddp` does, and exchanges all gradients at once after backward, which knows nothing of
+other ranks: so it can be recorded as a CUDA graph.
 """
 
 from collections.abc import Iterator
@@ -13,7 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dtrain.config import DistributedSettings
 from dtrain.distributed import World
+
+GRADIENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Reduction(Protocol):
@@ -37,9 +42,10 @@ class Reduction(Protocol):
 class DdpReduction:
     """DistributedDataParallel's mean over the ranks, of gradients that were added up locally."""
 
-    def __init__(self, world: World, objective: nn.Module) -> None:
+    def __init__(self, world: World, objective: nn.Module, settings: DistributedSettings) -> None:
         self.world, self.scale = world, float(world.size)
-        self.objective = world.wrap(objective)
+        dtype = GRADIENT_DTYPES[settings.gradient_dtype]
+        self.objective = world.wrap(objective, settings.bucket_mb, dtype)
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Hold the reduction back until the last."""
@@ -47,6 +53,32 @@ class DdpReduction:
 
     def finish(self) -> None:
         """Do nothing: the last backward has reduced."""
+
+
+class FlatReduction:
+    """A sum over the ranks, in one piece, of gradients that were added up locally."""
+
+    def __init__(self, world: World, objective: nn.Module, settings: DistributedSettings) -> None:
+        self.world, self.scale = world, 1.0
+        self.objective = objective
+        self._parameters = list(objective.parameters())
+        self._dtype = GRADIENT_DTYPES[settings.gradient_dtype]
+
+    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Leave gradients where they are added up."""
+        del is_last
+        return nullcontext()
+
+    def finish(self) -> None:
+        """Add up over the ranks, and put the sums where the gradients were."""
+        if self.world.size == 1:
+            return
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).to(self._dtype)
+        self.world.sum(flat)
+        sums = flat.split_with_sizes([gradient.numel() for gradient in gradients])
+        views = [part.view_as(g) for part, g in zip(sums, gradients, strict=True)]
+        torch._foreach_copy_(gradients, views)
 
 
 class TreeReduction:
@@ -89,7 +121,9 @@ class TreeReduction:
             parameter.grad = gradient.view_as(parameter)
 
 
-REDUCTIONS: dict[str, type[DdpReduction] | type[TreeReduction]] = {
-    "ddp": DdpReduction,
-    "tree": TreeReduction,
-}
+def build_reduction(world: World, objective: nn.Module, settings: DistributedSettings) -> Reduction:
+    """Make the way to reduce that the settings want."""
+    if settings.reduction == "tree":
+        return TreeReduction(world, objective)
+    kind = FlatReduction if settings.reduction == "flat" else DdpReduction
+    return kind(world, objective, settings)

@@ -26,7 +26,7 @@ from dtrain.loss import Objective, smoothed_cross_entropy
 from dtrain.model.transformer import Transformer
 from dtrain.optimizer import build_optimizer, clip_gradients
 from dtrain.parts import PRECISIONS, autocast, seed_position
-from dtrain.reduction import REDUCTIONS
+from dtrain.reduction import build_reduction
 from dtrain.watch import Tally, Watch
 
 
@@ -102,8 +102,9 @@ class Rerun:
         """
         self.config, self.model, self.plan, self.store = config, model, plan, store
         self.device, self.precision = world.device, PRECISIONS[config.precision]
-        objective = Objective(model, config.loss.label_smoothing)
-        self.reduction = REDUCTIONS[config.distributed.reduction](world, objective)
+        fused = config.kernels.loss == "fused"
+        objective = Objective(model, config.loss.label_smoothing, fused)
+        self.reduction = build_reduction(world, objective, config.distributed)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.precision is torch.float16
         )

@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -94,12 +93,7 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         try:
             self.wait()
         except Exception as failure:
@@ -116,17 +110,27 @@ class Saver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         state: Mapping[str, Any],
+        elsewhere: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Save the model as it is now; returns when later changes of it do no harm any more.
 
         Waits for the save before, if that is still being written.
+
+        Args:
+            step: the last one that it was trained with.
+            model: see `contents`, as is the optimizer.
+            optimizer: here.
+            state: what else belongs into the checkpoint, as JSON can tell it.
+            elsewhere: moments that this rank's optimizer does not hold, by name.
 
         Raises:
             SaveFailedError: if too many saves in a row have failed.
         """
         self._finish()
         self._check()
-        tensors = self._staging.copy(contents(model, optimizer))
+        tensors = contents(model, optimizer)
+        tensors[checkpoint.OPTIMIZER] |= elsewhere or {}
+        tensors = self._staging.copy(tensors)
         self._do(partial(self._write, step, tensors, deepcopy(dict(state))))
 
     def note_judgement(self, step: int, score: float, progress: Mapping[str, Any]) -> None:

@@ -9,6 +9,9 @@ from torch import Tensor
 from dtrain.batch import BOS_ID, EOS_ID, PAD_ID, pad_rows
 from dtrain.model.transformer import Transformer
 
+PIECE = 2**18  # values that are turned into log-probabilities at once
+SLICE = 16  # places of a row whose greatest value is found first
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -115,13 +118,14 @@ class _BeamSearch:
             first; of equals the one of the better rival.
         """
         logits = self.model.logits(self.model.decoder.step(self.tokens[:, :, -1], self.state))
-        log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        _normalize(log_p)
         log_p[..., [PAD_ID, BOS_ID]] = -torch.inf
         at_limit = self.limit == self.tokens.shape[2] - 1
         if at_limit.any():
             is_end = torch.arange(log_p.shape[-1], device=log_p.device) == EOS_ID
             log_p.masked_fill_(at_limit[:, None, None] & ~is_end, -torch.inf)
-        values, tokens = log_p.topk(min(self.beam_size, log_p.shape[-1]))
+        values, tokens = _topk(log_p, min(self.beam_size, log_p.shape[-1]))
         values = (values + self.log_p[:, :, None]).flatten(1)
         values, order = values.sort(descending=True, stable=True)
         values, order = values[:, : self.beam_size], order[:, : self.beam_size]
@@ -141,9 +145,8 @@ class _BeamSearch:
         # Log-probabilities only fall, so a rival's score is at most this, at the greatest length.
         bound = log_p.max(1).values / self._penalty(self.limit + 1)
         keep = (bound > self.best_score).nonzero()[:, 0]
-        rows = keep[:, None] * self.tokens.shape[1] + parent[keep]
-        self.state.select(keep if len(keep) < len(parent) else None, rows.flatten())
-        tokens = self.tokens.flatten(0, 1)[rows]
+        self.state.select(keep if len(keep) < len(parent) else None, parent[keep])
+        tokens = self.tokens[keep[:, None], parent[keep]]
         self.tokens = torch.cat([tokens, token[keep, :, None]], dim=2)
         self.log_p, self.limit = log_p[keep], self.limit[keep]
         self.sentence, self.best_score = self.sentence[keep], self.best_score[keep]
@@ -151,3 +154,29 @@ class _BeamSearch:
     def _penalty(self, length: Tensor | int) -> Tensor | float:
         """What to divide the log-probability of this many tokens by, EOS_ID included."""
         return ((5 + length) / 6) ** self.alpha
+
+
+def _normalize(logits: Tensor) -> None:
+    """Turn logits into log-probabilities, piece by piece: all new at once is slow to get hold of."""
+    for piece in logits.flatten(0, -2).split(max(1, PIECE // logits.shape[-1])):
+        piece.copy_(piece.log_softmax(-1))
+
+
+def _topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Give x.topk(k), sooner for long rows: the best are where the best of slices are.
+
+    Every row is cut into slices of SLICE places, far apart from each other so that one pass over
+    the row finds the greatest of all slices. Only the k slices with the greatest are looked at.
+    """
+    size = x.shape[-1]
+    num_slices = size // SLICE
+    if num_slices < 2 * k:
+        return x.topk(k)
+    cut = num_slices * SLICE
+    greatest = x[..., :cut].unflatten(-1, (SLICE, num_slices)).amax(-2)
+    first = greatest.topk(k).indices[..., None]
+    candidates = first + num_slices * torch.arange(SLICE, device=x.device)
+    rest = torch.arange(cut, size, device=x.device).expand(*x.shape[:-1], -1)
+    candidates = torch.cat([candidates.flatten(-2), rest], dim=-1)
+    values, places = x.gather(-1, candidates).topk(k)
+    return values, candidates.gather(-1, places)

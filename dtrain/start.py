@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dtrain import checkpoint, weights
+from dtrain.auto_size import find_size, with_size
 from dtrain.config import Config
 from dtrain.cursors import CURSORS
 from dtrain.data.plan import BatchPlan
@@ -21,10 +22,12 @@ from dtrain.data.store import PreparedData
 from dtrain.distributed import World
 from dtrain.errors import UserError
 from dtrain.fault import strike
+from dtrain.kernel_choice import check_cuda_graph, choose_fused
 from dtrain.lock import RunLock
 from dtrain.nodes import check_nodes, check_shared, hosts_of
-from dtrain.parts import build_model, build_plan, choose_precision
+from dtrain.parts import build_model, build_plan, choose_attention, choose_precision
 from dtrain.preemption import StopSignal
+from dtrain.rehearsal import possible_sizes
 from dtrain.run_directory import RunDirectory
 from dtrain.saver import room_needed
 
@@ -37,7 +40,7 @@ class Ready:
     """What every rank needs to begin.
 
     Attributes:
-        config: with threads and precision as recorded.
+        config: with threads, precision and attention kernel as recorded.
         data_dir: the prepared directory.
         resume_from: the checkpoint to go on from, if there is one.
         weights_from: the other run's checkpoint to begin with, if nothing is resumed.
@@ -101,7 +104,6 @@ def claimed(
                 run.write_status("preempted", run.step_saved, 0, why)
                 sys.stdout.write(f"{why}; the same command goes on\n")
                 return None
-            run.note_start(number, ready.step)
             notices = [lock.notice] if lock.notice else []
             return replace(ready, attempt=number, notices=[*notices, *ready.notices])
 
@@ -109,7 +111,10 @@ def claimed(
         if ready is not None:
             if len(hosts) > 1:
                 check_shared(world, run.path, ready.data_dir)
+            if ready.config.batch.tokens_per_micro_batch == "auto":
+                ready = _sized(ready, world, stop, allowed)
             if world.is_main:
+                run.note_start(ready.attempt, ready.step)
                 ready = replace(ready, lock=lock)
         yield ready
 
@@ -120,23 +125,27 @@ def get_ready(
     """Prepare what is missing and claim the run directory; on rank 0, for all ranks.
 
     Returns:
-        None if a stop signal came first.
+        None if a stop signal came first. If `batch.tokens_per_micro_batch` is still `auto`, data
+        and settings alone: all ranks are to find the number, and then this is asked once more.
 
     Raises:
         UserError: for any mistake in data or settings.
     """
     strike("in_preparation")
-    check_world(config, world)
     run = RunDirectory(config.run_dir)
-    config = _resolved(config, run, world)
+    config, notices = _resolved(config, run, world)
+    check_world(config, world)
+    check_cuda_graph(config, world.size, world.device)
     run.check(config, allowed)  # before preparing, which may take long
     data_dir = prepared_directory(config.data, config.vocabulary, config.vocabulary_of)
     if not is_prepared(config.data, config.vocabulary, data_dir, config.vocabulary_of):
         _prepare(config, world, stop, data_dir)
         if stop.received is not None:
             return None
+    if config.batch.tokens_per_micro_batch == "auto":
+        return Ready(config, data_dir, None, None, notices)
     data = PreparedData.open(data_dir)
-    resume_from, notices = checkpoint.newest(run.checkpoints)
+    resume_from, damaged = checkpoint.newest(run.checkpoints)
     if resume_from is not None:
         saved = checkpoint.read_state(resume_from)["data"]
         check_identity(saved, identity(data, build_plan(config, data)), run.path, allowed)
@@ -154,7 +163,7 @@ def get_ready(
     run.claim(config, data.vocabulary)
     if {"data", "plan"} & set(allowed):
         (run.path / CURSORS).unlink(missing_ok=True)  # they belong to the plan before
-    return Ready(config, data_dir, resume_from, weights_from, notices)
+    return Ready(config, data_dir, resume_from, weights_from, [*notices, *damaged])
 
 
 def check_world(config: Config, world: World) -> None:
@@ -163,13 +172,22 @@ def check_world(config: Config, world: World) -> None:
     Raises:
         UserError: naming what would work.
     """
-    count = config.batch.micro_batches_per_step
-    if world.size > count:
+    batch = config.batch
+    if batch.tokens_per_micro_batch == "auto":
+        if not possible_sizes(config, world.size):
+            raise UserError(
+                f"batch.tokens_per_micro_batch auto: batch.tokens_per_step {batch.tokens_per_step} "
+                f"cannot be cut into at least {world.size} equal parts, one for each rank, that "
+                f"hold a sentence of data.max_length {config.data.max_length}; start fewer ranks, "
+                f"or set batch.tokens_per_step to {world.size * config.data.max_length}"
+            )
+    elif world.size > batch.micro_batches_per_step:
+        count = batch.micro_batches_per_step
         raise UserError(
             f"{world.size} ranks cannot share the {count} micro-batches of a step; start at most "
             f"{count}, or set batch.tokens_per_micro_batch to "
-            f"{config.batch.tokens_per_step // world.size} or less, a divisor of "
-            f"batch.tokens_per_step {config.batch.tokens_per_step}"
+            f"{batch.tokens_per_step // world.size} or less, a divisor of "
+            f"batch.tokens_per_step {batch.tokens_per_step}"
         )
     if config.distributed.reduction == "tree" and world.size & (world.size - 1):
         nearest = 2 ** (world.size.bit_length() - 1)
@@ -223,7 +241,7 @@ def describe(
         device = torch.cuda.get_device_name(world.device)
     return [
         f"batch    {world.size} ranks x {per_rank} micro-batches x "
-        f"{config.batch.tokens_per_micro_batch:,} tokens = {config.batch.tokens_per_step:,} a step",
+        f"{config.batch.target_slots:,} tokens = {config.batch.tokens_per_step:,} a step",
         f"device   {device}, {str(precision).removeprefix('torch.')}",
         f"model    {num_parameters:,} parameters, vocabulary {data.vocabulary.target_size:,}",
         f"data     {len(data.train):,} pairs, {data.manifest.splits['train'].target_tokens:,} "
@@ -265,8 +283,22 @@ def _finish(child: "subprocess.Popen[str]", stop: StopSignal) -> str:
                 child.terminate()
 
 
-def _resolved(config: Config, run: RunDirectory, world: World) -> Config:
-    """Fill in threads and precision where they are `auto`; a begun run keeps what it had."""
+def _sized(ready: Ready, world: World, stop: StopSignal, allowed: Collection[str]) -> Ready:
+    """Find the size of a micro-batch, all ranks together, and get ready with it."""
+    size, why = find_size(ready.config, PreparedData.open(ready.data_dir), world)
+    config = with_size(ready.config, size)
+    sized: Ready = world.from_main(lambda: get_ready(config, world, stop, allowed))
+    notices = [*ready.notices, *sized.notices, why]
+    return replace(sized, attempt=ready.attempt, notices=notices)
+
+
+def _resolved(config: Config, run: RunDirectory, world: World) -> tuple[Config, list[str]]:
+    """Fill in what is `auto`, and say what the user should know of it.
+
+    A begun run keeps what it had; its attention kernel only if that works here. The size of a
+    micro-batch stays `auto` if the run is not begun, or cannot have it any more since the size of a
+    step has changed.
+    """
     begun = run.config if run.config_file.exists() else config
     threads, precision = config.run.threads, config.precision
     if threads == "auto":
@@ -277,5 +309,13 @@ def _resolved(config: Config, run: RunDirectory, world: World) -> Config:
         precision = begun.precision
     if precision == "auto":
         precision = choose_precision(world.device)
+    kept = begun.batch.tokens_per_micro_batch
+    is_open = config.batch.tokens_per_micro_batch == "auto"
+    if is_open and kept != "auto" and kept in possible_sizes(config, 1):
+        config = with_size(config, kept)
     run_settings = config.run.model_copy(update={"threads": threads})
-    return config.model_copy(update={"run": run_settings, "precision": precision})
+    config = config.model_copy(update={"run": run_settings, "precision": precision})
+    attention, notices = choose_attention(config, world.device, begun.kernels.attention)
+    kernels, plain = choose_fused(config, world.device, begun.kernels)
+    kernels = kernels.model_copy(update={"attention": attention})
+    return config.model_copy(update={"kernels": kernels}), [*notices, *plain]

@@ -16,13 +16,13 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import numpy as np
 import torch
 
 from dtrain import checkpoint, fault
-from dtrain.batch import Batch
 from dtrain.config import Config
 from dtrain.cursors import CURSORS, Cursors
-from dtrain.data.loader import LoadedStep, Loader
+from dtrain.data.loader import LoadedStep, Loader, collate
 from dtrain.data.plan import Cursor, DistributedTokenSampler
 from dtrain.data.store import PreparedData
 from dtrain.distributed import World, connect
@@ -36,13 +36,16 @@ from dtrain.parts import (
     configure_torch,
     memory_gib,
 )
+from dtrain.phases import Phases, measure
 from dtrain.preemption import Deadline, StopSignal
+from dtrain.profiling import Profile
 from dtrain.progress import Progress
-from dtrain.rehearsal import rehearse
+from dtrain.rehearsal import possible_sizes, rehearse
 from dtrain.run_directory import RunDirectory, Status
 from dtrain.saver import Saver
 from dtrain.start import Ready, claimed, describe, identity
 from dtrain.supervision import watched
+from dtrain.utilisation import Utilisation
 from dtrain.weights import load_module
 
 NUM_SAMPLES = 5
@@ -90,9 +93,16 @@ class Training:
         configure_torch(config, world.device)
         self.learner = Learner(config, self.data.vocabulary, world)
         self.plan = build_plan(config, self.data)
+        self.phases = Phases(world.device)
+        self.phases.watch(self.learner.last_gradient)
+        self.utilisation = Utilisation(
+            config, self.data.vocabulary.target_size, self.learner.precision, world
+        )
         self.progress = self.restore()
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         self.saves_begun: dict[int, float] = {}
+        self.unsettled: tuple[Learned, float] | None = None  # with the time since which it ran
+        self.settled_at = self.step_seconds = 0.0
 
     def restore(self) -> Progress:
         """Go on from the checkpoint that rank 0 chose, or begin."""
@@ -139,36 +149,59 @@ class Training:
     def train(self, loader: Loader) -> None:
         """Run steps until one is the last."""
         cursors = self.open_cursors()
-        waiting_since = time.perf_counter()
-        for count, step in enumerate(loader):
-            self.train_step(step, waiting_since)
-            if count == 0:  # which may have compiled
-                self.expect_quick_steps()
-            else:
-                self.deadline.note_step(time.perf_counter() - waiting_since)
-            if cursors is not None:
-                cursors.note(self.progress.step + 1, self.progress.cursor)
-            if self.after_step():
-                break
+        with self.open_profile() as profile:
             waiting_since = time.perf_counter()
+            self.phases.wait_for_data()
+            for count, step in enumerate(loader):
+                self.train_step(step, waiting_since)
+                if count == 0:  # which may have compiled
+                    self.expect_quick_steps()
+                else:
+                    self.deadline.note_step(time.perf_counter() - waiting_since)
+                if cursors is not None:
+                    cursors.note(self.progress.step + 1, self.progress.cursor)
+                profile.note_step(self.progress.step)
+                if self.after_step():
+                    break
+                waiting_since = time.perf_counter()
+                self.phases.wait_for_data()
 
     def rehearse(self) -> None:
         """Make sure that memory suffices, and that every start is alike, before the first step."""
-        start, max_length = self.progress.cursor, self.config.data.max_length
-        rehearse(self.learner.try_out, self.plan, self.data.train, start, self.world, max_length)
-        empty = Batch.empty(self.plan.source_slots, self.plan.target_slots)
+        start, sizes = self.progress.cursor, possible_sizes(self.config, self.world.size)
+        rehearse(self.learner.try_out, self.plan, self.data.train, start, self.world, sizes)
+        empty = collate(self.plan, self.data.train, np.empty(0, np.int64))
         self.learner.discarded_backward(empty)
+        if self.config.kernels.cuda_graph is True:
+            self.learner.record(empty.to(self.world.device))
 
     def train_step(self, step: LoadedStep, waiting_since: float) -> None:
-        """Learn from a step, count it, measure it."""
-        begun = time.perf_counter()
+        """Learn from a step, count it, measure it.
+
+        A GPU works behind the program. So the step before is settled only when this one is on its
+        way, and the GPU never waits for the program to hear how a step went.
+        """
         learned = self.learner.learn(self.progress.step + 1, step, self.at)
-        seconds = time.perf_counter() - waiting_since
-        self.progress.advance(step.plan, updated=learned.updated, seconds=seconds)
+        self.settle()
+        self.progress.advance(step.plan)
+        self.unsettled = learned, waiting_since
         self.metrics.progress(self.progress.step, {"epoch": step.plan.epoch})
-        if self.is_due(self.config.metrics.every_steps):
-            self.log_step(learned, seconds, (begun - waiting_since) / seconds)
-        if not learned.updated:
+        is_logged = self.is_due(self.config.metrics.every_steps)
+        if is_logged or not self.learner.runs_behind:
+            self.settle()
+        if is_logged:
+            self.log_step(learned)
+
+    def settle(self) -> None:
+        """Count how the newest step went, unless that is done; wait for the GPU to finish it."""
+        if self.unsettled is None:
+            return
+        (learned, waiting_since), self.unsettled = self.unsettled, None
+        updated, now = learned.updated, time.perf_counter()
+        self.step_seconds = now - max(waiting_since, self.settled_at)
+        self.settled_at = now
+        self.progress.note_outcome(updated=updated, seconds=self.step_seconds)
+        if not updated:
             self.report_skipped(learned)
 
     def report_skipped(self, learned: Learned) -> None:
@@ -182,7 +215,7 @@ class Training:
         at_fault = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         suspects = at_fault or range(len(losses))
         micro_batches = {i: learned.plan.micro_batches[i] for i in suspects}
-        number, in_a_row = self.progress.step, self.progress.skipped_in_a_row
+        number, in_a_row = learned.number, self.progress.skipped_in_a_row
         self.metrics.skipped(number, learned.norm, losses, micro_batches)
         if in_a_row >= SKIPPED_IN_A_ROW and self.learner.scale_is_smallest:
             raise GiveUpError(
@@ -221,6 +254,7 @@ class Training:
 
     def judge(self) -> None:
         """Validate, and note the score with this step's checkpoint; the best get one."""
+        self.settle()
         try:
             score = self.validate()
         except CutShortError:  # by a stop signal; it is made up for when the run goes on
@@ -244,15 +278,17 @@ class Training:
     def at(self, point: str, step: int) -> None:
         """Show where this rank is."""
         self.heartbeat.at(step, point)
+        self.phases.at(point)
         fault.strike(point, step)
 
     def expect_quick_steps(self) -> None:
-        """From the second step on, nothing may stand still for long any more.
+        """From the second step on, nothing may stand still for long any more, nor be compiled.
 
         Collectives wait a little longer, so that who hangs is named first.
         """
         self.heartbeat.timeout = seconds = self.config.distributed.timeout
         self.world.set_timeout(seconds + SECONDS_TO_NAME)
+        self.learner.expect_no_compilation()
 
     @contextmanager
     def patiently(self, phase: str) -> Iterator[None]:
@@ -285,9 +321,11 @@ class Training:
         """Write a checkpoint, from rank 0, unless this step has one."""
         if self.saved_step == self.progress.step:
             return
+        self.settle()
         self.learner.check_same_everywhere(self.progress.step)
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         with self.patiently("saving"):
+            elsewhere = self.learner.collect_moments()
             if self.saver is not None:
                 self.saves_begun[self.saved_step] = self.saved_at
                 state = {
@@ -297,9 +335,8 @@ class Training:
                     "data": identity(self.data, self.plan),
                     "made_with": {"torch": torch.__version__, "world_size": self.world.size},
                 }
-                self.saver.save(
-                    self.progress.step, self.learner.model, self.learner.optimizer, state
-                )
+                parts = self.learner.model, self.learner.optimizer
+                self.saver.save(self.progress.step, *parts, state, elsewhere)
             self.world.meet()  # a slow disk may take longer than collectives wait for each other
 
     def note_saved(self, step: int) -> None:
@@ -309,13 +346,15 @@ class Training:
         self.directory.write_status("running", step, None, f"saved {name}")
         self.metrics.message(f"saved {name}")
 
-    def log_step(self, learned: Learned, seconds: float, data_wait_share: float) -> None:
-        """Measure this step over all ranks and write it down."""
-        plan, tokens = learned.plan, learned.plan.num_target_tokens
+    def log_step(self, learned: Learned) -> None:
+        """Measure this step, which is settled, over all ranks and write it down."""
+        plan, tokens, seconds = learned.plan, learned.plan.num_target_tokens, self.step_seconds
         # Summed without rounding, so that the order, and with it the number of ranks, is no matter.
         columns = zip(*self.world.sum(learned.sums.clone()).tolist(), strict=True)
         loss, nll = (math.fsum(column) / tokens for column in columns)
         slots = len(plan.micro_batches) * (self.plan.source_slots + self.plan.target_slots)
+        ids, store = np.concatenate(plan.micro_batches), self.plan.lengths
+        lengths = store.source_lengths(ids), store.target_lengths(ids)
         self.metrics.log(
             self.progress.step,
             {
@@ -330,7 +369,8 @@ class Training:
                 "train/pack_fill": (tokens + plan.num_source_tokens) / slots,
                 "train/tokens_per_second": tokens / seconds,
                 "train/step_seconds": seconds,
-                "train/data_wait_share": data_wait_share,
+                **self.utilisation.measure(*lengths, seconds),
+                **measure(self.phases, self.world),
                 "train/memory_gib": memory_gib(self.world.device),
             },
         )
@@ -371,6 +411,13 @@ class Training:
             on_saved=self.note_saved,
         )
 
+    def open_profile(self) -> Profile:
+        """Make what looks into some of the steps."""
+        settings, folder = self.config.run.profile, self.directory.path / "profile"
+        return Profile(
+            settings, folder, self.world, self.phases, self.patiently, self.metrics.message
+        )
+
     def open_cursors(self) -> Cursors | None:
         """Make what notes where windows of the plan begin, on rank 0."""
         if not self.world.is_main:
@@ -388,7 +435,7 @@ class Training:
         what = describe(self.ready, self.data, self.world, self.learner.precision, num_parameters)
         place = f"from step {self.progress.step}" if self.progress.step else "from the beginning"
         where = f"run      {self.directory.path}, attempt {attempt}, {place}"
-        for line in [*self.ready.notices, *what, where]:
+        for line in [*self.ready.notices, *what, self.utilisation.describe(), where]:
             self.metrics.message(line)
 
     def conclude(self) -> bool:

@@ -1,11 +1,12 @@
 """Weights and moments in safetensors files, by name: of a model, a part of one, an optimizer."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -65,11 +66,15 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Name an optimizer's moments after the parameters that they belong to: `WEIGHT.exp_avg`."""
+    """Name an optimizer's moments after the parameters that they belong to: `WEIGHT.exp_avg`.
+
+    If they are split over the ranks it is this rank's share.
+    """
+    state = _own_share(optimizer).state
     return {
         f"{name}.{key}": tensor.detach()
         for name, parameter in model.named_parameters()
-        for key, tensor in optimizer.state.get(parameter, {}).items()
+        for key, tensor in state.get(parameter, {}).items()
     }
 
 
@@ -97,31 +102,38 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pat
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
-    """Read back what `save_optimizer` wrote.
+    """Read back what `save_optimizer` wrote; this rank's share of it, if moments are split.
 
     Raises:
-        WeightsError: if a moment is missing, superfluous or of another shape.
+        WeightsError: if a moment is missing, superfluous or of another shape, whosever it is.
     """
-    tensors = read_file(path)
-    names = {name for name, _ in model.named_parameters()}
-    unknown = {key for key in tensors if key.rpartition(".")[0] not in names}
-    if unknown:
-        raise WeightsError(f"{path} has moments of unknown parameters: {sorted(unknown)[:3]}")
-    for name, parameter in model.named_parameters():
-        own = {
-            key.rpartition(".")[2]: tensor
-            for key, tensor in tensors.items()
-            if key.rpartition(".")[0] == name
-        }
-        if tensors and not own:
-            raise WeightsError(f"{path} has no moments of {name}")
-        for key, tensor in own.items():
-            if tensor.dim() and tensor.shape != parameter.shape:
-                raise WeightsError(f"{path}: {name}.{key} has shape {tuple(tensor.shape)}")
-            # The step count too: the fused update reads it where the parameter lies.
-            own[key] = tensor.to(parameter.device)
-        if own:
-            optimizer.state[parameter] = own
+    share = _own_share(optimizer)
+    own = {parameter for group in share.param_groups for parameter in group["params"]}
+    parameters = dict(model.named_parameters())
+    keys: dict[str, list[str]] = defaultdict(list)
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            for key in names:
+                keys[key.rpartition(".")[0]].append(key)
+            for name in keys.keys() - parameters.keys():
+                raise WeightsError(f"{path} has moments of unknown parameters: {keys[name][:3]}")
+            for name, parameter in parameters.items():
+                if keys and name not in keys:
+                    raise WeightsError(f"{path} has no moments of {name}")
+                for key in keys.get(name, ()):
+                    shape = file.get_slice(key).get_shape()
+                    if shape not in ([], list(parameter.shape)):
+                        raise WeightsError(f"{path}: {key} has shape {tuple(shape)}")
+                if name in keys and parameter in own:
+                    # A copy, as the file may go. The step count too lies where the parameter does,
+                    # since the fused update reads it there.
+                    share.state[parameter] = {
+                        key.rpartition(".")[2]: file.get_tensor(key).to(parameter.device, copy=True)
+                        for key in keys[name]
+                    }
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def save_part(model: nn.Module, part: str, path: Path) -> None:
@@ -143,6 +155,12 @@ def load_part(model: nn.Module, part: str, path: Path) -> None:
         model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise WeightsError(f"{path} does not fit the model's {part}: {error}") from None
+
+
+def _own_share(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Give the optimizer of the parameters that this rank updates: of all, unless it is split."""
+    share: torch.optim.Optimizer = getattr(optimizer, "optim", optimizer)
+    return share
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -3,9 +3,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from worlds import run_world
 
 from dtrain.config import OptimizerSettings
-from dtrain.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from dtrain.distributed import connect
+from dtrain.optimizer import build_optimizer, clip_gradients, set_learning_rate, step_unless
+from dtrain.weights import moments
 
 SETTINGS = {"learning_rate": 0.01, "beta1": 0.8, "beta2": 0.9, "epsilon": 1e-3}
 UNFUSED = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "fused": False, "foreach": False}
@@ -110,3 +113,72 @@ def test_a_parameter_without_gradient_does_not_count():
     module[0].weight.grad = torch.full((5, 4), 2.0)
     assert clip_gradients(module, 1.0).item() == pytest.approx(math.sqrt(20 * 4))
     assert module[0].weight.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
+
+
+# ------------------------------------------------------------------ moments split over the ranks
+
+
+def whole_and_split(name: str) -> dict[str, object]:
+    """Train two equal modules on each rank, one with all moments and one with a share of them."""
+    settings = OptimizerSettings(name=name, **SETTINGS, weight_decay=0.1)
+    with connect("cpu", 60) as world:
+        pair = []
+        for sharing in (None, world):
+            torch.manual_seed(0)
+            module = nn.Sequential(*[nn.Linear(16, 16) for _ in range(8)])
+            pair.append((module, build_optimizer(module, settings, sharing)))
+        same_weights = []
+        for step in range(5):
+            for module, optimizer in pair:
+                scaler = torch.amp.GradScaler("cpu")
+                wrapped = world.wrap(module)
+                rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(world.rank))
+                is_lost = step == 2 and world.rank == 1
+                loss = wrapped(rows / 0 if is_lost else rows).pow(2).sum()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                norm = clip_gradients(module, 0.5)
+                set_learning_rate(optimizer, 0.01 * (step + 1))
+                step_unless(~norm.isfinite(), optimizer)
+                optimizer.zero_grad()
+            ours, theirs = (list(module.parameters()) for module, _ in pair)
+            same_weights.append(all(map(torch.equal, ours, theirs)))
+        module, optimizer = pair[1]
+        mine = moments(optimizer, module)
+        everything = mine | world.collect(mine)
+        expected = moments(pair[0][1], pair[0][0])
+        return {
+            "same": same_weights,
+            "finite": all(p.isfinite().all() for p in module.parameters()),
+            "mine": sum(t.numel() for key, t in mine.items() if "exp_avg" in key),
+            "names": sorted(mine),
+            "all": sum(t.numel() for key, t in expected.items() if "exp_avg" in key),
+            "collected": world.rank > 0
+            or (
+                everything.keys() == expected.keys()
+                and all(torch.equal(everything[key], expected[key]) for key in expected)
+            ),
+        }
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("adam", 2), pytest.param("adamw", 4, marks=pytest.mark.slow)]
+)
+def test_split_moments_give_the_same_weights_and_take_a_share_of_the_memory(name, size):
+    """Adam and AdamW, clipped, with a loss scale; the third update is skipped as one is lost."""
+    ranks = run_world(size, whole_and_split, name)
+    for rank in ranks:
+        assert rank["same"] == [True] * 5
+        assert rank["finite"]
+        assert rank["mine"] == rank["all"] / size
+    names = [name for rank in ranks for name in rank["names"]]
+    assert len(names) == len(set(names)) == 8 * 2 * 3
+    assert ranks[0]["collected"]
+
+
+def test_a_world_of_one_splits_nothing():
+    def be_alone() -> bool:
+        with connect("cpu", 60) as world:
+            return type(build_optimizer(twins()[0], OptimizerSettings(), world)) is torch.optim.Adam
+
+    assert run_world(1, be_alone) == [True]

@@ -12,8 +12,10 @@ def planned(tokens: int, end: Cursor) -> PlannedStep:
 
 def test_a_step_counts_its_target_tokens_and_moves_the_cursor():
     progress = Progress()
-    progress.advance(planned(100, Cursor(0, 2, 5)), updated=True, seconds=0.5)
-    progress.advance(planned(30, Cursor(1, 0, 3)), updated=True, seconds=0.25)
+    progress.advance(planned(100, Cursor(0, 2, 5)))
+    progress.note_outcome(updated=True, seconds=0.5)
+    progress.advance(planned(30, Cursor(1, 0, 3)))
+    progress.note_outcome(updated=True, seconds=0.25)
     assert (progress.step, progress.tokens, progress.cursor) == (2, 130, Cursor(1, 0, 3))
     assert progress.train_seconds == 0.75
 
@@ -21,9 +23,9 @@ def test_a_step_counts_its_target_tokens_and_moves_the_cursor():
 def test_skipped_updates_are_counted_and_so_is_how_many_came_in_a_row():
     progress, history = Progress(), []
     for updated in (True, False, False, True, False):
-        progress.advance(planned(1, Cursor()), updated=updated, seconds=0.0)
-        history.append((progress.step, progress.skipped, progress.skipped_in_a_row))
-    assert history == [(1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 2, 0), (5, 3, 1)]
+        progress.note_outcome(updated=updated, seconds=0.0)
+        history.append((progress.skipped, progress.skipped_in_a_row))
+    assert history == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
 
 
 def test_validations_since_the_best_are_counted():

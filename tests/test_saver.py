@@ -151,8 +151,6 @@ def test_staging_is_allocated_once_and_shares_no_memory():
 
 @pytest.mark.gpu
 def test_staging_of_a_gpu_is_pinned():
-    if not torch.cuda.is_available():
-        pytest.skip("torch finds no GPU here")
     tensors = {"file": {str(i): torch.randn(1000, 1000, device="cuda") for i in range(20)}}
     expected = {name: tensor.cpu() for name, tensor in tensors["file"].items()}
     copies = Staging().copy(tensors)["file"]

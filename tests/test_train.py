@@ -36,6 +36,13 @@ TIMING = {
     "train/tokens_per_second",
     "train/step_seconds",
     "train/data_wait_share",
+    "train/forward_backward_share",
+    "train/reduction_share",
+    "train/optimizer_share",
+    "train/between_steps_share",
+    "train/slowest_rank",
+    "train/slowest_rank_ratio",
+    "train/tflops",
     "train/memory_gib",
 }
 
@@ -122,7 +129,7 @@ def test_a_validation_that_is_cut_short_twice_is_made_all_the_same(toy):
 @pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_more_ranks_and_several_buckets_go_on_bit_for_bit(toy, size):
     """Over 2 MiB of gradients: DistributedDataParallel reduces them in several buckets."""
-    same_after_a_stop(toy, size, model__feed_forward_dim=8192)
+    same_after_a_stop(toy, size, model__feed_forward_dim=8192, distributed__bucket_mb=1)
 
 
 @pytest.mark.slow
@@ -183,6 +190,21 @@ def test_the_tree_gives_the_same_bits_when_the_number_of_ranks_changes_on_the_wa
     assert metrics_of(moved) == metrics_of(straight)
 
 
+@pytest.mark.slow
+def test_split_moments_make_a_checkpoint_that_goes_on_anywhere(toy):
+    """On two ranks, on four, whole on one and split on two again: as if on one all the time."""
+    whole = {"distributed__reduction": "tree", "optimizer__max_grad_norm": 0.5}
+    split = whole | {"distributed__shard_optimizer": True}
+    straight, moved = toy("straight", **whole), toy("moved", **split)
+    run_world(1, run, straight)
+    run_world(2, run, moved, 3, 1)
+    run_world(4, run, moved, 6, 0)
+    run_world(1, run, toy("moved", **whole), 9, 0)
+    run_world(2, run, moved)
+    assert last_weights(moved) == last_weights(straight)
+    assert metrics_of(moved) == metrics_of(straight)
+
+
 # ------------------------------------------------------------------ gradients
 
 
@@ -219,10 +241,10 @@ def gradients_of_a_step(config: Config) -> Gradients:
         learner = training.learner
         taken: Gradients = {}
 
-        def take(_: int) -> tuple[float, bool]:
+        def take(_: int) -> torch.Tensor:
             taken.update((n, p.grad.numpy().copy()) for n, p in learner.model.named_parameters())
             learner.optimizer.zero_grad(set_to_none=True)
-            return 0.0, True
+            return torch.zeros(())
 
         learner.update = take
         sampler = DistributedTokenSampler(training.plan, training.world.size, training.world.rank)
@@ -517,6 +539,27 @@ def test_the_sentences_of_a_skipped_update_are_named(toy):
     assert [(m["index"], m["loss"]) for m in found["micro_batches"]] == [(2, "NaN"), (3, "NaN")]
     for micro_batch in found["micro_batches"]:
         assert micro_batch["sentences"] == planned.micro_batches[micro_batch["index"]].tolist()
+
+
+def run_behind_with_nan(config: Config, first: int, last: int) -> int:
+    Learner.runs_behind = True
+    return run_with_nan(config, first, last)
+
+
+def test_a_device_that_runs_behind_is_told_of_in_the_same_words(toy):
+    """Each step is settled when the next is on its way, but nothing is lost or put elsewhere."""
+    changes = {"metrics__every_steps": 3, "checkpoint__every_steps": 4, "run__max_steps": 6}
+    at_once, behind = (toy(name, **changes) for name in ("at_once", "behind"))
+    for config, task in ((at_once, run_with_nan), (behind, run_behind_with_nan)):
+        run_world(1, task, config, 4, 5)
+    assert metrics_of(at_once) == metrics_of(behind)
+    assert last_weights(at_once) == last_weights(behind)
+    for path in ("skipped.jsonl", "checkpoints/step-0000000004/state.json"):
+        texts = [
+            (config.run_dir / path).read_text(encoding="utf-8") for config in (at_once, behind)
+        ]
+        found = [re.sub(r'"train_seconds": [^,}]*', "", text) for text in texts]
+        assert found[0] == found[1]
 
 
 def plan_of(config: Config) -> BatchPlan:

@@ -59,6 +59,27 @@ def test_moments_that_do_not_fit_are_refused(tmp_path):
         weights.load_optimizer(optimizer, model, path)
 
 
+def test_an_optimizer_of_some_parameters_takes_no_more_than_their_moments(tmp_path):
+    """As each rank has one where moments are split; all of the file is checked all the same."""
+    path = tmp_path / "optimizer.safetensors"
+    model, optimizer = trained()
+    whole = weights.moments(optimizer, model)
+    weights.save_optimizer(optimizer, model, path)
+    some = torch.optim.Adam(list(model.parameters())[::3])
+    weights.load_optimizer(some, model, path)
+    names = {
+        name for name, p in model.named_parameters() if p in set(some.param_groups[0]["params"])
+    }
+    expected = {key: t for key, t in whole.items() if key.rpartition(".")[0] in names}
+    assert same(weights.moments(some, model), expected)
+    assert 0 < len(expected) < len(whole) / 2
+    missing = next(name for name, _ in model.named_parameters() if name not in names)
+    rest = {key: t for key, t in whole.items() if not key.startswith(f"{missing}.")}
+    safetensors.torch.save_file(rest, path)
+    with pytest.raises(WeightsError, match=f"no moments of {missing}"):
+        weights.load_optimizer(some, model, path)
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder", "model"])
 @pytest.mark.parametrize("target_size", [None, 15])
 def test_parts_are_saved_and_loaded_by_themselves(tmp_path, part, target_size):

@@ -38,23 +38,27 @@ class DecoderBlock(nn.Module):
         return self.feed_forward_residual(x, self.feed_forward)
 
     def step(
-        self, x: Tensor, past: Tensor, length: int, memory_kv: Tensor, memory_mask: Tensor
+        self,
+        x: Tensor,
+        past: Tensor,
+        past_mask: Tensor | None,
+        memory_kv: Tensor,
+        memory_mask: Tensor,
     ) -> Tensor:
-        """Do for one new token of each row what forward does for whole sentences.
+        """Do for one new token of each rival what forward does for whole sentences.
 
         Args:
             x: [N, rivals, hidden].
-            past: this block's part of DecoderState.past.
-            length: tokens in it so far.
+            past: keys and values of the tokens so far, [N, length, 2, heads, qkv]; the last
+                `rivals` places are for the new ones.
+            past_mask: which of them each rival goes back to, [N, 1, rivals, length]; None for all.
             memory_kv: this block's part of DecoderState.memory_kv.
             memory_mask: True where the source has a token.
 
         Returns:
             [N, rivals, hidden].
         """
-        x = self.attention_residual(
-            x, lambda x: self.attention.step(x.flatten(0, 1), past, length).view_as(x)
-        )
+        x = self.attention_residual(x, lambda x: self.attention.step(x, past, past_mask))
         x = self.memory_attention_residual(
             x, lambda x: self.memory_attention.step_memory(x, memory_kv, memory_mask)
         )
@@ -65,43 +69,70 @@ class DecoderBlock(nn.Module):
 class DecoderState:
     """What a decoder remembers of N sources, each with the same number of rival translations.
 
+    A token that several rivals have in common is remembered once. Nothing moves when rivals change
+    places: what changes is from which tokens each of them descends.
+
     Attributes:
-        past: keys and values of the tokens so far,
-            [N * rivals, layers, 2, capacity, heads, qkv]; grows as needed.
-        length: tokens in `past`.
+        past: for each layer keys and values of the tokens so far, one step after the other,
+            [N, capacity, 2, heads, qkv]; grows as needed.
+        lineage: which of these tokens each rival descends from, bool [N, rivals, places used].
+        length: tokens of each translation so far.
         memory_kv: for each layer the memory's keys and values, [N, S, 2, heads, qkv].
         memory_mask: True where the source has a token, bool [N, 1, 1, S].
     """
 
-    past: Tensor
+    past: list[Tensor]
+    lineage: Tensor
     length: int
     memory_kv: list[Tensor]
     memory_mask: Tensor
-    _spare: Tensor | None = None  # where `past` goes next: fresh memory costs more than copying
 
-    def select(self, sources: Tensor | None, rows: Tensor) -> None:
-        """Go on with these sources and these of the past's rows, each any number of times.
+    def select(self, sources: Tensor | None, parents: Tensor) -> None:
+        """Go on with these sources, and for each with rivals that descend from these of its own.
 
         Args:
-            sources: int64 [new N]; None for all as they are.
-            rows: int64 [new N * new rivals].
+            sources: rising, int64 [new N]; None for all as they are.
+            parents: each any number of times, int64 [new N, new rivals].
         """
-        if not torch.equal(rows, torch.arange(len(self.past), device=rows.device)):
-            if self._spare is None or len(self._spare) < len(rows):
-                self._spare = self.past.new_empty(len(rows), *self.past.shape[1:])
-            chosen = self._spare[: len(rows)]
-            written = slice(self.length)
-            torch.index_select(self.past[:, :, :, written], 0, rows, out=chosen[:, :, :, written])
-            self.past, self._spare = chosen, self.past
         if sources is not None:
             self.memory_kv = [kv.index_select(0, sources) for kv in self.memory_kv]
             self.memory_mask = self.memory_mask.index_select(0, sources)
+            self.lineage = self.lineage.index_select(0, sources)
+        used = self.lineage.shape[2]
+        self.lineage = self.lineage.gather(1, parents[:, :, None].expand(-1, -1, used))
+        alive = self.lineage.any(1)
+        if sources is not None or 2 * used > 3 * int(alive.sum(1).max()):
+            self._compact(sources, alive)
 
-    def make_room(self) -> None:
-        """Make sure that `past` can take another token."""
-        if self.length == self.past.shape[3]:
-            self.past = torch.cat([self.past, torch.empty_like(self.past)], dim=3)
-            self._spare = None
+    def _compact(self, sources: Tensor | None, alive: Tensor) -> None:
+        """Keep only what these sources' rivals descend from.
+
+        Args:
+            sources: int64 [new N]; None for all as they are.
+            alive: what is to be kept of each of them, bool [new N, places used].
+        """
+        most = int(alive.sum(1).max()) if len(alive) else 0
+        # A source with fewer than others keeps some of the dead, which its lineage leaves out.
+        kept = alive.sort(dim=1, descending=True, stable=True).indices[:, :most]
+        self.lineage = self.lineage.gather(2, kept[:, None].expand(-1, self.lineage.shape[1], -1))
+        row = torch.arange(len(kept), device=kept.device) if sources is None else sources
+        places = row[:, None] * self.past[0].shape[1] + kept
+        for i, kv in enumerate(self.past):
+            moved = kv.flatten(0, 1).index_select(0, places.flatten())
+            self.past[i] = kv[: len(kept)]  # in the same memory: fresh memory costs more
+            self.past[i][:, :most] = moved.view(*kept.shape, *kv.shape[2:])
+
+    def make_room(self, rivals: int) -> None:
+        """Add a place for one more token of each rival."""
+        used = self.lineage.shape[2]
+        own = torch.eye(rivals, dtype=torch.bool, device=self.lineage.device)
+        own = own.expand(len(self.lineage), rivals, rivals)
+        self.lineage = torch.cat([self.lineage, own], dim=2)
+        if used + rivals > self.past[0].shape[1]:
+            more = max(used, rivals)
+            room = (kv.new_empty(len(kv), more, *kv.shape[2:]) for kv in self.past)
+            self.past = [torch.cat(pair, dim=1) for pair in zip(self.past, room, strict=True)]
+        self.length += 1
 
 
 class TransformerDecoder(nn.Module):
@@ -163,9 +194,10 @@ class TransformerDecoder(nn.Module):
             memory_layout: where the source sentences lie.
         """
         memory_kv = [block.memory_attention.project_memory(memory) for block in self._each_block()]
-        heads = memory_kv[0].shape[-2:]
-        past = memory_kv[0].new_empty(len(memory), len(self.blocks), 2, 16, *heads)
-        return DecoderState(past, 0, memory_kv, key_mask(memory_layout))
+        heads = memory_kv[0].shape[2:]
+        past = [kv.new_empty(len(memory), 64, *heads) for kv in memory_kv]
+        lineage = torch.empty(len(memory), 1, 0, dtype=torch.bool, device=memory.device)
+        return DecoderState(past, lineage, 0, memory_kv, key_mask(memory_layout))
 
     @torch.no_grad()
     def step(self, ids: Tensor, state: DecoderState) -> Tensor:
@@ -178,11 +210,15 @@ class TransformerDecoder(nn.Module):
         Returns:
             States of these tokens that `logits` takes, [N, rivals, hidden].
         """
-        state.make_room()
         x = self.embedding(ids) + self.positions.up_to(state.length + 1)[state.length]
-        for i, block in enumerate(self._each_block()):
-            x = block.step(x, state.past[:, i], state.length, state.memory_kv[i], state.memory_mask)
-        state.length += 1
+        state.make_room(ids.shape[1])
+        all_seen = state.lineage.shape[2] == state.length
+        past_mask = None if all_seen else state.lineage[:, None]
+        for block, past, memory_kv in zip(
+            self._each_block(), state.past, state.memory_kv, strict=True
+        ):
+            past = past[:, : state.lineage.shape[2]]
+            x = block.step(x, past, past_mask, memory_kv, state.memory_mask)
         return self.norm(x)
 
     def _each_block(self) -> list[DecoderBlock]:

@@ -8,7 +8,7 @@ from dtrain.model.decoder import TransformerDecoder
 from dtrain.model.encoder import TransformerEncoder
 from dtrain.model.settings import ModelSettings
 
-_MAX_GROWTH = 50  # tokens that a translation may have beyond its source's (the paper's 6.1)
+MAX_GROWTH = 50  # tokens that a translation may have beyond its source's (the paper's 6.1)
 
 
 class Transformer(nn.Module):
@@ -66,7 +66,7 @@ class Transformer(nn.Module):
 
     def decode_limits(self, source_layout: Layout) -> Tensor:
         """Say how many tokens each translation may have, the end of sentence aside: int64 [N]."""
-        return (source_layout.lengths + _MAX_GROWTH).clamp(max=self.max_decode_length)
+        return (source_layout.lengths + MAX_GROWTH).clamp(max=self.max_decode_length)
 
     @torch.no_grad()
     def generate(self, source: Tensor, source_layout: Layout) -> list[list[int]]:
