@@ -70,6 +70,7 @@ def test_settings_to_yaml_and_back(config_file, tmp_path):
         ("--model.num_heads=7", "hidden_dim 512 must be a multiple of num_heads 7"),
         ("--batch.tokens_per_step=5000", "tokens_per_step 5000 must be a multiple"),
         ("--data.max_length=5000", "tokens_per_micro_batch 3136 cannot hold .* 5000"),
+        ("--batch.tokens_per_micro_batch=4", "tokens_per_micro_batch = 4 .*equal to 8"),
         ("--schedule.name=nome", "schedule.name = 'nome'.*'noam'"),
         ("--run.max_steps=0", "run.max_steps and run.max_epochs are both 0"),
         ("--validation.every_steps=5", "validation.every_steps is set but data.validation is not"),
@@ -84,6 +85,16 @@ def test_mistakes_are_refused_with_their_name(config_file, override, message):
         load_config(config_file, [override])
 
 
+def test_a_step_must_hold_a_sentence_while_the_size_of_a_part_is_open(config_file):
+    sizes = ["--batch.tokens_per_micro_batch=auto", "--batch.tokens_per_step=60"]
+    with pytest.raises(UserError, match=r"batch.tokens_per_step 60 cannot hold .* 64 tokens"):
+        load_config(config_file, sizes)
+    config = load_config(config_file, sizes[:1])
+    assert "tokens_per_micro_batch: auto" in config.to_yaml()
+    with pytest.raises(RuntimeError, match="is `auto` where a number is needed"):
+        _ = config.batch.micro_batches_per_step
+
+
 def test_a_tree_needs_a_power_of_two_of_micro_batches(config_file):
     sizes = ["--batch.tokens_per_step=1536", "--batch.tokens_per_micro_batch=256"]
     assert load_config(config_file, sizes).distributed.reduction == "ddp"
@@ -96,6 +107,21 @@ def test_a_time_limit_is_seconds_or_a_clock(config_file, limit):
     load_config(config_file, [f"--run.time_limit={limit}"])
     with pytest.raises(UserError, match=r"run.time_limit: .* is no time limit"):
         load_config(config_file, [f"--run.time_limit={limit}x"])
+
+
+def test_a_profile_is_set_whole_or_in_parts_and_is_free(config_file):
+    old = load_config(config_file)
+    assert old.run.profile is None
+    new = load_config(config_file, ["--run.profile.start=7"])
+    assert new.run.profile.model_dump() == {"start": 7, "steps": 5}
+    assert load_config(config_file, ["--run.profile={start: 7}"]) == new
+    assert changed_settings(old, new) == changed_settings(new, old) == []
+    for mistake, message in (
+        ("steps=0", r"run.profile.steps = 0 \(command line\): .*greater than or equal to 1"),
+        ("strat=3", r"unknown setting run.profile.strat = 3 .*; did you mean run.profile.start"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(config_file, [f"--run.profile.{mistake}"])
 
 
 def test_mistakes_in_the_file_name_the_file(tmp_path):

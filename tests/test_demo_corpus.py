@@ -12,6 +12,7 @@ import pytest
 DEMO = Path(__file__).parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
 
+# E402: these are found by the path that was just set.
 import grammar as g  # noqa: E402
 import lexicon as lex  # noqa: E402
 import make_corpus  # noqa: E402

@@ -16,7 +16,9 @@ from dtrain.config import FREE_TO_CHANGE, Config, load_config
 
 ROOT = Path(__file__).parent.parent
 PLACES = ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "configs/**/*.md", "launch/**/*.md")
-DOCUMENTS = sorted(path for place in PLACES for path in ROOT.glob(place))
+DOCUMENTS = sorted(
+    path for place in PLACES for path in ROOT.glob(place) if ".venv" not in path.parts
+)
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

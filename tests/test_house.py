@@ -28,6 +28,7 @@ WITHOUT_TEST_FILE = {
     "dtrain/commands/translate.py": "test_commands.py runs all commands",
     "dtrain/data/preparation.py": "test_store.py reads what it writes",
     "dtrain/data/settings.py": "test_config.py reads and refuses all settings",
+    "dtrain/kernels/fused_residual.py": "test_residual.py compares it with its plain twin",
     "dtrain/model/settings.py": "test_config.py reads and refuses all settings",
 }
 """Files that need no tests/test_<file>.py, and why."""

@@ -22,7 +22,7 @@ FLAGS = {
     "status": ["RUN", "--json", "--verdict"],
     "verify": ["RUN"],
     "inspect": ["RUN", "--step", "--micro-batch", "--checkpoint", "--text", "--json", "--device"],
-    "submit": ["--config", "--nodes", "--time", "--dry-run"],
+    "submit": ["--config", "--nodes", "--time", "--allow-changed", "--dry-run"],
     "schedule": ["CONFIG", "--out"],
 }
 

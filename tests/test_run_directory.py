@@ -226,7 +226,7 @@ def test_an_attempt_without_an_end_was_killed(run):
 def test_what_the_ranks_of_a_killed_attempt_said_last_is_noted(run):
     killed_attempt(run)
     run.heartbeats.mkdir()
-    sign = Sign(1, 0, "n1", 5, 5, 1, 9, 0, "backward", 0.0, time.time() + 70, True, "")
+    sign = Sign(1, 0, "n1", None, 5, 5, 1, 9, 0, "backward", 0.0, time.time() + 70, True, "")
     signs = [
         sign,
         replace(sign, rank=1, step=8, why="rank 1 is out of memory", time=time.time() + 90),

@@ -31,6 +31,14 @@ from dtrain.run_directory import RunDirectory
 from dtrain.start import Ready, check_identity, claimed, describe, get_ready, identity
 from dtrain.verdict import verdict
 
+ON_THE_CPU = {
+    "precision": "fp32",
+    "kernels__attention": "padded",
+    "kernels__loss": "plain",
+    "kernels__residual": "plain",
+}
+"""What `auto` means here."""
+
 
 def world_of(size: int, local_size: int) -> World:
     return replace(alone("cpu"), size=size, local_size=local_size)
@@ -139,7 +147,7 @@ def test_a_failed_preparation_is_one_message(unprepared, python_stand_in, script
 
 def test_the_preparing_process_gets_the_settings_as_resolved(unprepared, python_stand_in, tmp_path):
     python_stand_in(f'cp "$5" {tmp_path}/given.yaml; echo "$*" > {tmp_path}/words; exit 1')
-    config = unprepared(vocabulary__size=50, precision="fp32")
+    config = unprepared(vocabulary__size=50, **ON_THE_CPU)
     with pytest.raises(UserError):
         make_ready(config)
     assert (tmp_path / "words").read_text(encoding="utf-8").startswith("-m dtrain prepare --config")
@@ -186,6 +194,22 @@ def test_the_precision_is_recorded_and_stays_so(toy, monkeypatch):
     monkeypatch.setattr(start, "choose_precision", lambda _: "bf16")
     assert make_ready(toy()).config.precision == "fp16"
     assert make_ready(toy("other")).config.precision == "bf16"
+
+
+def test_the_attention_kernel_is_recorded_and_stays_so_as_long_as_it_works(toy, monkeypatch):
+    asked = []
+
+    def choose(config, _, recorded):
+        asked.append((config.kernels.attention, recorded))
+        return "varlen", ["packed hurts"]
+
+    monkeypatch.setattr(start, "choose_attention", choose)
+    ready = make_ready(toy())
+    assert ready.config.kernels.attention == "varlen"
+    assert ready.notices == ["packed hurts"]
+    make_ready(toy())
+    make_ready(toy(kernels__attention="padded"))
+    assert asked == [("auto", "auto"), ("auto", "varlen"), ("padded", "varlen")]
 
 
 def test_more_ranks_than_micro_batches_are_refused_with_what_works(toy):
@@ -241,7 +265,7 @@ def test_a_new_run_goes_on_from_nowhere(toy):
     ready = make_ready(toy())
     assert (ready.resume_from, ready.notices) == (None, [])
     assert ready.weights_from is None
-    assert ready.config == toy(precision="fp32")
+    assert ready.config == toy(**ON_THE_CPU)
 
 
 AS_TRAINED = {
