@@ -13,9 +13,9 @@ from dtrain.data.store import PreparedData
 from dtrain.data.vocabulary import Vocabulary
 from dtrain.distributed import alone
 from dtrain.errors import UserError
-from dtrain.kernel_choice import CHECKS, choose_fused
+from dtrain.kernel_choice import CHECKS, choose_kernels
 from dtrain.model.transformer import Transformer
-from dtrain.parts import build_model, build_plan, choose_attention, configure_torch
+from dtrain.parts import build_model, build_plan, configure_torch
 from dtrain.progress import Progress
 from dtrain.rerun import MicroBatch, Rerun
 from dtrain.run_directory import RunDirectory
@@ -100,10 +100,8 @@ def inspect_step(
     # A run on GPUs can be looked at on a CPU, which has not the same kernels.
     unset = config.kernels.model_copy(update=dict.fromkeys(["attention", *CHECKS], "auto"))
     unset_config = config.model_copy(update={"kernels": unset})
-    attention, padded = choose_attention(unset_config, world.device, config.kernels.attention)
-    kernels, plain = choose_fused(unset_config, world.device, config.kernels)
-    kernels = kernels.model_copy(update={"attention": attention})
-    config, notices = config.model_copy(update={"kernels": kernels}), [*notices, *padded, *plain]
+    kernels, others = choose_kernels(unset_config, world.device, config.kernels)
+    config, notices = config.model_copy(update={"kernels": kernels}), [*notices, *others]
     state = {} if path is None else checkpoint.read_state(path)
     data, plan = open_data(config, directory, state)
     planned = find_step(plan, directory.path / cursors.CURSORS, step, state)

@@ -1,20 +1,83 @@
-"""Whether loss and residual are fused: what `auto` means on a device, once it is tried there."""
+"""Which kernels train: what `auto` means on a device, once it is tried there."""
 
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from dtrain.batch import PAD_ID
+from dtrain.batch import PAD_ID, Kernel
 from dtrain.config import Config, KernelsSettings
 from dtrain.errors import UserError
+from dtrain.kernels import attention_choice
 from dtrain.kernels.residual import add_and_norm
 from dtrain.loss import smoothed_cross_entropy
 from dtrain.parts import PRECISIONS, autocast
 
 Results = dict[str, Tensor]
+
+
+def choose_kernels(
+    config: Config, device: torch.device, recorded: KernelsSettings
+) -> tuple[KernelsSettings, list[str]]:
+    """Say which kernels train on a device: the settings, with what `auto` means there.
+
+    Args:
+        config: with the precision resolved.
+        device: of this rank; the others have such devices too.
+        recorded: what the run had, kept as far as it works here; all `auto` if it is not begun.
+
+    Returns:
+        The settings, and what the user should know of them.
+
+    Raises:
+        UserError: if the settings want one that does not work there.
+    """
+    attention, notices = choose_attention(config, device, recorded.attention)
+    chosen, plain = choose_fused(config, device, recorded)
+    return chosen.model_copy(update={"attention": attention}), [*notices, *plain]
+
+
+def choose_attention(
+    config: Config, device: torch.device, recorded: Kernel | Literal["auto"] = "auto"
+) -> tuple[Kernel, list[str]]:
+    """Say which kernel attends in training: `kernels.attention`, or what `auto` means there.
+
+    Args:
+        config: with the precision resolved.
+        device: of this rank; the others have such devices too.
+        recorded: what the run had so far, which `auto` keeps if it works there.
+
+    Returns:
+        The kernel, and what speaks against each that would have come before it.
+
+    Raises:
+        UserError: if the settings name one that does not work there.
+    """
+    model, wanted = config.model, config.kernels.attention
+    dtype = PRECISIONS[config.precision]
+    candidates: list[Kernel] = ["padded"]
+    if device.type == "cuda":
+        candidates = ["packed", "varlen", "padded"]
+    if recorded != "auto":
+        candidates = [recorded, "padded"]
+    if wanted != "auto":
+        candidates = [wanted]
+    notices = list[str]()
+    for kernel in candidates:
+        place, width = (kernel, device, dtype), model.qkv_dim
+        why = attention_choice.why_not(*place, width, model.attention_dropout)
+        if not why and kernel != "padded":
+            why = attention_choice.what_is_wrong(*place, model.num_heads, width)
+        if not why:
+            return kernel, notices
+        notices.append(f"the attention kernel {kernel} is not used: {why}")
+    raise UserError(
+        f"kernels.attention {wanted} does not work on this {device.type}: {why}; set it to auto or "
+        f"padded"
+    )
 
 
 def choose_fused(

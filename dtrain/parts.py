@@ -14,8 +14,6 @@ from dtrain.config import Config
 from dtrain.data.plan import BatchPlan, mix64, source_slots
 from dtrain.data.store import PreparedData
 from dtrain.data.vocabulary import Vocabulary
-from dtrain.errors import UserError
-from dtrain.kernels.attention_choice import what_is_wrong, why_not
 from dtrain.model.sublayer import Residual
 from dtrain.model.transformer import Transformer
 from dtrain.run_directory import RunDirectory
@@ -74,45 +72,6 @@ def choose_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
     if device.type == "cpu":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-
-
-def choose_attention(
-    config: Config, device: torch.device, recorded: Kernel | Literal["auto"] = "auto"
-) -> tuple[Kernel, list[str]]:
-    """Say which kernel attends in training: `kernels.attention`, or what `auto` means there.
-
-    Args:
-        config: with the precision resolved.
-        device: of this rank; the others have such devices too.
-        recorded: what the run had so far, which `auto` keeps if it works there.
-
-    Returns:
-        The kernel, and what speaks against each that would have come before it.
-
-    Raises:
-        UserError: if the settings name one that does not work there.
-    """
-    model, wanted = config.model, config.kernels.attention
-    dtype = PRECISIONS[config.precision]
-    candidates: list[Kernel] = ["padded"]
-    if device.type == "cuda":
-        candidates = ["packed", "varlen", "padded"]
-    if recorded != "auto":
-        candidates = [recorded, "padded"]
-    if wanted != "auto":
-        candidates = [wanted]
-    notices = list[str]()
-    for kernel in candidates:
-        why = why_not(kernel, device, dtype, model.qkv_dim, model.attention_dropout)
-        if not why and kernel != "padded":
-            why = what_is_wrong(kernel, device, dtype, model.num_heads, model.qkv_dim)
-        if not why:
-            return kernel, notices
-        notices.append(f"the attention kernel {kernel} is not used: {why}")
-    raise UserError(
-        f"kernels.attention {wanted} does not work on this {device.type}: {why}; set it to auto or "
-        f"padded"
-    )
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -22,10 +22,10 @@ from dtrain.data.store import PreparedData
 from dtrain.distributed import World
 from dtrain.errors import UserError
 from dtrain.fault import strike
-from dtrain.kernel_choice import check_cuda_graph, choose_fused
+from dtrain.kernel_choice import check_cuda_graph, choose_kernels
 from dtrain.lock import RunLock
 from dtrain.nodes import check_nodes, check_shared, hosts_of
-from dtrain.parts import build_model, build_plan, choose_attention, choose_precision
+from dtrain.parts import build_model, build_plan, choose_precision
 from dtrain.preemption import StopSignal
 from dtrain.rehearsal import possible_sizes
 from dtrain.run_directory import RunDirectory
@@ -315,7 +315,5 @@ def _resolved(config: Config, run: RunDirectory, world: World) -> tuple[Config, 
         config = with_size(config, kept)
     run_settings = config.run.model_copy(update={"threads": threads})
     config = config.model_copy(update={"run": run_settings, "precision": precision})
-    attention, notices = choose_attention(config, world.device, begun.kernels.attention)
-    kernels, plain = choose_fused(config, world.device, begun.kernels)
-    kernels = kernels.model_copy(update={"attention": attention})
-    return config.model_copy(update={"kernels": kernels}), [*notices, *plain]
+    kernels, notices = choose_kernels(config, world.device, begun.kernels)
+    return config.model_copy(update={"kernels": kernels}), notices

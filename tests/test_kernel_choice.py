@@ -7,7 +7,8 @@ from dtrain.config import Config, DistributedSettings, KernelsSettings, Validati
 from dtrain.data.vocabulary import Vocabulary
 from dtrain.errors import UserError
 from dtrain.inspection import inspect_step
-from dtrain.kernel_choice import CHECKS, check_cuda_graph, choose_fused, why_not
+from dtrain.kernel_choice import CHECKS, check_cuda_graph, choose_attention, choose_fused, why_not
+from dtrain.kernels import attention_choice
 from dtrain.kernels.dropout import dropout
 from dtrain.model.settings import ModelSettings
 from dtrain.model.sublayer import Residual
@@ -141,6 +142,41 @@ def test_a_run_on_gpus_can_be_looked_at_without_one(toy):
     assert inspect_step(toy().run_dir, 1).notices == [
         "the fused residual is not used: it needs a GPU"
     ]
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "recorded", "broken", "expected", "told"),
+    [
+        (CPU, "auto", "auto", [], "padded", []),
+        (GPU, "auto", "auto", [], "packed", []),
+        (GPU, "auto", "auto", ["packed"], "varlen", ["packed"]),
+        (GPU, "auto", "auto", ["packed", "varlen"], "padded", ["packed", "varlen"]),
+        (GPU, "auto", "varlen", [], "varlen", []),
+        (GPU, "auto", "padded", [], "padded", []),
+        (GPU, "varlen", "packed", [], "varlen", []),
+        (CPU, "auto", "packed", [], "padded", ["packed"]),
+    ],
+)
+def test_the_attention_kernel_is_the_best_that_works_or_what_the_run_had(
+    toy, monkeypatch, device, wanted, recorded, broken, expected, told
+):
+    def what_is_wrong(kernel: str, *_: object) -> str:
+        return "it is off" if kernel in broken else ""
+
+    monkeypatch.setattr(attention_choice, "what_is_wrong", what_is_wrong)
+    config = toy(precision="bf16", kernels__attention=wanted)
+    kernel, notices = choose_attention(config, device, recorded)
+    assert kernel == expected
+    why = "it is off" if device is GPU else "it needs a GPU"
+    assert notices == [f"the attention kernel {name} is not used: {why}" for name in told]
+
+
+def test_an_attention_kernel_that_was_asked_for_and_does_not_work_is_refused(toy):
+    config = toy(precision="bf16", kernels__attention="packed")
+    with pytest.raises(UserError) as caught:
+        choose_attention(config, CPU)
+    why = "kernels.attention packed does not work on this cpu: it needs a GPU"
+    assert str(caught.value) == f"{why}; set it to auto or padded"
 
 
 @pytest.mark.parametrize(

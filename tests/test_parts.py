@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
-from dtrain import parts
 from dtrain.data.preparation import prepare, prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.data.vocabulary import Vocabulary
@@ -15,7 +14,6 @@ from dtrain.errors import UserError
 from dtrain.parts import (
     build_model,
     build_plan,
-    choose_attention,
     choose_precision,
     configure_torch,
     memory_gib,
@@ -126,40 +124,6 @@ def test_precision_is_the_best_that_the_device_has(monkeypatch, device, native_b
     # With emulation every GPU "supports" bf16, at a crawl.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: native_bf16 or emulated)
     assert choose_precision(device) == expected
-
-
-@pytest.mark.parametrize(
-    ("device", "wanted", "recorded", "broken", "expected", "told"),
-    [
-        (CPU, "auto", "auto", [], "padded", []),
-        (CUDA, "auto", "auto", [], "packed", []),
-        (CUDA, "auto", "auto", ["packed"], "varlen", ["packed"]),
-        (CUDA, "auto", "auto", ["packed", "varlen"], "padded", ["packed", "varlen"]),
-        (CUDA, "auto", "varlen", [], "varlen", []),
-        (CUDA, "auto", "padded", [], "padded", []),
-        (CUDA, "varlen", "packed", [], "varlen", []),
-        (CPU, "auto", "packed", [], "padded", ["packed"]),
-    ],
-)
-def test_the_attention_kernel_is_the_best_that_works_or_what_the_run_had(
-    toy, monkeypatch, device, wanted, recorded, broken, expected, told
-):
-    monkeypatch.setattr(
-        parts, "what_is_wrong", lambda kernel, *_: "it is off" if kernel in broken else ""
-    )
-    config = toy(precision="bf16", kernels__attention=wanted)
-    kernel, notices = choose_attention(config, device, recorded)
-    assert kernel == expected
-    why = "it is off" if device is CUDA else "it needs a GPU"
-    assert notices == [f"the attention kernel {name} is not used: {why}" for name in told]
-
-
-def test_an_attention_kernel_that_was_asked_for_and_does_not_work_is_refused(toy):
-    config = toy(precision="bf16", kernels__attention="packed")
-    with pytest.raises(UserError) as caught:
-        choose_attention(config, CPU)
-    why = "kernels.attention packed does not work on this cpu: it needs a GPU"
-    assert str(caught.value) == f"{why}; set it to auto or padded"
 
 
 def test_threads_are_set_as_the_run_wants_them(toy):

@@ -18,7 +18,7 @@ import torch
 from tiny_model import save_checkpoint
 from worlds import run_world
 
-from dtrain import __main__, checkpoint, lock, start
+from dtrain import __main__, checkpoint, kernel_choice, lock, start
 from dtrain.checkpoint import steps_saved
 from dtrain.data.preparation import prepare, prepared_directory
 from dtrain.data.store import PreparedData
@@ -203,7 +203,7 @@ def test_the_attention_kernel_is_recorded_and_stays_so_as_long_as_it_works(toy, 
         asked.append((config.kernels.attention, recorded))
         return "varlen", ["packed hurts"]
 
-    monkeypatch.setattr(start, "choose_attention", choose)
+    monkeypatch.setattr(kernel_choice, "choose_attention", choose)
     ready = make_ready(toy())
     assert ready.config.kernels.attention == "varlen"
     assert ready.notices == ["packed hurts"]
