@@ -10,9 +10,9 @@ import pytest
 import torch
 from worlds import run_world
 
-from dtrain import parts, train
+from dtrain import train
 from dtrain.batch import Layout
-from dtrain.kernels import attention
+from dtrain.kernels import attention, attention_choice
 from dtrain.kernels.attention import attend, attend_to_self
 from dtrain.model.attention import MultiHeadAttention
 
@@ -242,8 +242,8 @@ def test_it_compiles_in_one_piece_for_all_batches():
 
 @pytest.mark.slow
 def test_a_training_is_the_same_as_in_rectangles(toy, monkeypatch):
-    monkeypatch.setattr(parts, "why_not", lambda *_: "")  # on the CPU, and in fp32
-    monkeypatch.setattr(parts, "what_is_wrong", lambda *_: "")
+    monkeypatch.setattr(attention_choice, "why_not", lambda *_: "")  # on the CPU, and in fp32
+    monkeypatch.setattr(attention_choice, "what_is_wrong", lambda *_: "")
     losses = {}
     for kernel in ("padded", "packed"):
         changes = {"run__max_steps": 2, "metrics__every_steps": 1, "validation__every_steps": 0}

@@ -46,7 +46,7 @@ def attend(
         k, v = _silenced(kv, key_layout).unbind(1)
         return _varlen(_silenced(q, query_layout), k, v, query_layout, key_layout, False, dropout)
     parts = to_cells(q, query_layout), to_cells(kv, key_layout), key_masks(key_layout)
-    heads = list[Tensor]()
+    heads: list[Tensor] = []  # dynamo cannot trace list[Tensor]()
     for queries, cells, mask in zip(*parts, strict=True):
         k, v = cells.unbind(2)
         heads.append(scaled_dot_product(queries, k, v, mask, dropout=dropout))
@@ -72,7 +72,7 @@ def attend_to_self(
     if layout.kernel == "varlen":
         q, k, v = _silenced(qkv, layout).unbind(1)
         return _varlen(q, k, v, layout, layout, causal, dropout)
-    heads = list[Tensor]()
+    heads: list[Tensor] = []  # dynamo cannot trace list[Tensor]()
     for cells, mask in zip(to_cells(qkv, layout), key_masks(layout), strict=True):
         q, k, v = cells.unbind(2)
         heads.append(scaled_dot_product(q, k, v, None if causal else mask, causal, dropout))
