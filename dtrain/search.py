@@ -157,7 +157,7 @@ class _BeamSearch:
 
 
 def _normalize(logits: Tensor) -> None:
-    """Turn logits into log-probabilities, piece by piece: all new at once is slow to get hold of."""
+    """Turn logits into log-probabilities, piece by piece: fresh memory is slow."""
     for piece in logits.flatten(0, -2).split(max(1, PIECE // logits.shape[-1])):
         piece.copy_(piece.log_softmax(-1))
 

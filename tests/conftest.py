@@ -45,7 +45,7 @@ def trained(toy_settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Con
         "trained",
         run__max_steps=100,
         model__dropout=0.0,
-        optimizer__learning_rate=2.0,
+        optimizer__learning_rate=0.5,
         schedule__warmup_steps=40,
         checkpoint__every_steps=40,
         validation__every_steps=100,

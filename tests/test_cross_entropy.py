@@ -136,6 +136,7 @@ def test_it_is_one_graph_with_what_surrounds_it():
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_operator_is_registered_as_torch_wants_it():
     logits, target = random_problem(13)

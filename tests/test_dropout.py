@@ -112,6 +112,7 @@ def sites(a, b, c):
     return first, second, dropout(torch.addmm(c, a, torch.zeros_like(c)), 0.5, training=True)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of itself
 def test_compiled_masks_are_independent_and_backward_has_those_of_forward():

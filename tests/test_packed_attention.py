@@ -1,9 +1,6 @@
 """The Triton kernels against a loop over sentences; without a GPU in Triton's interpreter."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -156,38 +153,6 @@ def test_dropped_weights_are_those_of_the_seed_in_forward_and_in_backward():
     assert not torch.equal(attend(q, kv, query_layout, key_layout, dropout=p), attended(kv))
 
 
-@pytest.mark.slow
-def test_a_gpu_can_run_what_the_interpreter_does(tmp_path):
-    """Triton compiles for a GPU that is not there; the interpreter takes more than the compiler."""
-    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, __file__], env=os.environ | environment, check=True)
-    assert len(list(tmp_path.rglob("*.cubin"))) == 3
-
-
-def compile_for_gpu(capability: int, head_dim: int, dtype: str, causal: bool, dropout: float):
-    """Make machine code of all kernels; as `python FILE`, since Triton must know from the start."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    from dtrain.kernels import packed_attention as kernels
-
-    constants = kernels._constants(head_dim, dropout, causal)
-    options = {name: constants.pop(name) for name in kernels.LAUNCH}
-    constants |= {} if dropout else {"seed": None}
-    types = {"scale": "fp32", "dropout": "fp32", "seed": "*i64", "log_sum": "*fp32"}
-    types |= {"inner": "*fp32", "sentences": "*i32", "boundaries": "*i32"}
-    types |= dict.fromkeys(["q", "k", "v", "out", "grad", "dq", "dk", "dv"], f"*{dtype}")
-    types |= dict.fromkeys(constants, "constexpr")
-    for kernel in (
-        kernels._forward_kernel,
-        kernels._query_gradient_kernel,
-        kernels._key_gradient_kernel,
-    ):
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-        source = ASTSource(kernel, signature, constants)
-        compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
 @pytest.mark.exhaustive
 def test_the_operators_keep_their_promises_to_the_compiler():
     """That is: what they give has the type and shape that was announced, and nothing is changed."""
@@ -282,7 +247,3 @@ def test_the_bits_repeat():
     first = bits()
     for _ in range(20):
         assert all(map(torch.equal, bits(), first))
-
-
-if __name__ == "__main__":
-    compile_for_gpu(capability=90, head_dim=64, dtype="bf16", causal=True, dropout=0.1)

@@ -147,6 +147,7 @@ def test_rows_that_are_too_wide_are_refused():
         dropped(0, 0.1, 1, 16385)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_operators_are_registered_as_torch_wants_them():
     x, y, norm, _ = random_problem(torch.float32, torch.float32, (4, 16))

@@ -6,7 +6,7 @@ from torch_twins import random_ids, shaken, tiny_settings
 
 from dtrain.batch import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Batch, pad_rows
 from dtrain.model.transformer import Transformer
-from dtrain.search import search
+from dtrain.search import SLICE, _topk, search
 
 
 def tiny_model(seed, vocabulary_size=6, **changes) -> Transformer:
@@ -109,3 +109,14 @@ def test_no_gradient_is_kept_and_nothing_changes():
     first, second = (search(model, random_ids([4, 6], 6), 3) for _ in range(2))
     assert first == second
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [6, 10 * SLICE - 1, 10 * SLICE, 10 * SLICE + 5, 1000])
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_best_of_slices_are_the_best_of_all(size, k):
+    x = torch.randn(7, 3, size, generator=torch.Generator().manual_seed(size))
+    x[2] = -torch.inf  # as at the limit, where only the end of a sentence may be said
+    x[2, :, 3] = -1.0
+    counts = x.topk(k).values.isfinite()  # any of those that are impossible will do
+    for found, wanted in zip(_topk(x, k), x.topk(k), strict=True):
+        assert torch.equal(found[counts], wanted[counts])

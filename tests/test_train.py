@@ -651,6 +651,7 @@ def test_ranks_agree_bit_for_bit_after_each_of_fifty_steps(toy):
     assert run_world(3, run_checking_every_step, config) == [0] * 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of itself
 def test_compiled_training_is_the_same_training(toy):

@@ -94,6 +94,8 @@ class DecoderState:
             sources: rising, int64 [new N]; None for all as they are.
             parents: each any number of times, int64 [new N, new rivals].
         """
+        if sources is None and parents.shape[1] == self.lineage.shape[1] == 1:
+            return  # a lone rival descends from itself
         if sources is not None:
             self.memory_kv = [kv.index_select(0, sources) for kv in self.memory_kv]
             self.memory_mask = self.memory_mask.index_select(0, sources)
