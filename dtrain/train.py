@@ -171,7 +171,8 @@ class Training:
         start, sizes = self.progress.cursor, possible_sizes(self.config, self.world.size)
         rehearse(self.learner.try_out, self.plan, self.data.train, start, self.world, sizes)
         empty = collate(self.plan, self.data.train, np.empty(0, np.int64))
-        self.learner.discarded_backward(empty)
+        if self.world.size > 1:
+            self.learner.discarded_backward(empty)
         if self.config.kernels.cuda_graph is True:
             self.learner.record(empty.to(self.world.device))
 
