@@ -42,7 +42,8 @@ check: .venv ## look for what the formatter, the linters and the type checker wo
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	@PATH="$(CURDIR)/.venv/bin:$$PATH"; if command -v shellcheck >/dev/null; then \
-		echo shellcheck && shellcheck -x .ci/run demo/run.sh launch/* tests/slurm/install; \
+		echo shellcheck && shellcheck -x .ci/run demo/run.sh launch/* tests/slurm/install \
+			benchmarks/peers/install; \
 	else echo "shellcheck is not installed: the shell scripts were not checked"; fi
 
 fix: .venv ## let the formatter and the linter change what they can
@@ -50,7 +51,7 @@ fix: .venv ## let the formatter and the linter change what they can
 	.venv/bin/ruff check --fix .
 
 clean: ## remove .venv and all caches; data, prepared tokens and runs stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv benchmarks/peers/*/.venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv: .venv/dtrain.stamp ## install dtrain and its tools

@@ -16,7 +16,8 @@ from torch import Tensor
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 """The special tokens of every vocabulary: padding, unknown, begin and end of sentence."""
 
-_NUM_RECTANGLES = 4  # more would save few cells, and each costs its calls
+NUM_RECTANGLES = 4
+"""In which packed sentences attend: more would save few cells, and each costs its calls."""
 
 Kernel = Literal["padded", "varlen", "packed"]
 """How sentences attend, as `kernels/attention.py` explains."""
@@ -214,6 +215,7 @@ class Batch:
         target_slots: int,
         kernel: Kernel = "padded",
         max_length: int | None = None,
+        num_rectangles: int = NUM_RECTANGLES,
     ) -> "Batch":
         """Pack ragged sentences end to end.
 
@@ -224,11 +226,12 @@ class Batch:
             target_slots: size of the packed target side.
             kernel: what will attend to them.
             max_length: see `Layout.packed`.
+            num_rectangles: for the kernel `padded`.
 
         Raises:
             ValueError: if a side does not fit its slots.
         """
-        groups = _of_similar_length(source[1], target[1]) if kernel == "padded" else None
+        groups = _of_similar_length(source[1], target[1], num_rectangles)
         source_layout = Layout.packed(source[1], source_slots, kernel, max_length, groups)
         target_layout = Layout.packed(target[1], target_slots, kernel, max_length, groups)
         source_ids = np.full(source_slots, PAD_ID, np.int64)
@@ -310,11 +313,11 @@ class Batch:
 
 
 def _of_similar_length(
-    source_lengths: NDArray[np.int64], target_lengths: NDArray[np.int64]
+    source_lengths: NDArray[np.int64], target_lengths: NDArray[np.int64], count: int
 ) -> list[NDArray[np.int64]]:
-    """Group sentences so that in rectangles of as many rows few cells stay empty."""
+    """Group sentences so that few cells stay empty in rectangles of about as many rows each."""
     order = np.argsort(source_lengths + target_lengths, kind="stable")
-    return np.array_split(order, min(_NUM_RECTANGLES, len(order)))
+    return np.array_split(order, min(count, len(order)))
 
 
 def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Layout]:

@@ -145,7 +145,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
 
     def discarded_backward(self, batch: Batch) -> None:
-        """Run one reduced backward of weight 0 before the first step, at every start of several ranks.
+        """Run one reduced backward of weight 0 at each start of several ranks, before a step.
 
         DistributedDataParallel lays its buckets out anew after its first, which changes sums from
         three ranks on: every start must be past that point alike.

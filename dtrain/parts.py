@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dtrain import checkpoint, weights
-from dtrain.batch import Kernel
+from dtrain.batch import NUM_RECTANGLES, Kernel
 from dtrain.config import Config
 from dtrain.data.plan import BatchPlan, mix64, source_slots
 from dtrain.data.store import PreparedData
@@ -58,7 +58,8 @@ def build_plan(config: Config, data: PreparedData) -> BatchPlan:
     weights = [corpus.weight for corpus in config.data.train]
     corpora = list(zip(data.manifest.corpus_sizes, weights, strict=True))
     kernel: Kernel = "padded" if config.kernels.attention == "auto" else config.kernels.attention
-    form = kernel, config.data.max_length
+    # A compiler takes minutes for several rectangles whose sizes differ from batch to batch.
+    form = kernel, config.data.max_length, 1 if config.kernels.compile is True else NUM_RECTANGLES
     return BatchPlan(data.train, config.batch, slots, config.run.seed, corpora, *form)
 
 

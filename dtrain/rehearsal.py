@@ -90,8 +90,9 @@ def _cut_down(plan: BatchPlan, store: Store, ids: Ids, size: int) -> Batch:
     source_tokens = np.cumsum(plan.lengths.source_lengths(ids))
     target_tokens = np.cumsum(plan.lengths.target_lengths(ids))
     count = max(1, int(((source_tokens <= source_slots) & (target_tokens <= size)).sum()))
-    chosen = store.gather(ids[:count])
-    return Batch.packed(*chosen, source_slots, size, plan.kernel, plan.max_length)
+    source, target = store.gather(ids[:count])
+    form = plan.kernel, plan.max_length, plan.num_rectangles
+    return Batch.packed(source, target, source_slots, size, *form)
 
 
 def fits(backward: Callable[[Batch], object], batch: Batch) -> bool:

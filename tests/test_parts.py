@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
+from dtrain.batch import NUM_RECTANGLES
 from dtrain.data.preparation import prepare, prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.data.vocabulary import Vocabulary
@@ -103,6 +104,8 @@ def test_slots_are_the_micro_batchs_and_the_sources_share_of_it(toy):
     assert plan.seed == config.run.seed
     assert (plan.kernel, plan.max_length) == ("padded", config.data.max_length)
     assert build_plan(toy(kernels__attention="packed"), data).kernel == "packed"
+    assert plan.num_rectangles == NUM_RECTANGLES
+    assert build_plan(toy(kernels__compile=True), data).num_rectangles == 1
 
 
 def test_randomness_depends_on_seed_step_and_index_alone():

@@ -39,10 +39,12 @@ class LoadedStep:
 
 def collate(plan: BatchPlan, store: Store, ids: Ids) -> Batch:
     """Gather one micro-batch; no ids give the empty batch of weight 0."""
-    slots = plan.source_slots, plan.target_slots
+    source_slots, target_slots = plan.source_slots, plan.target_slots
     if not len(ids):
-        return Batch.empty(*slots, plan.kernel, plan.max_length)
-    return Batch.packed(*store.gather(ids), *slots, plan.kernel, plan.max_length)
+        return Batch.empty(source_slots, target_slots, plan.kernel, plan.max_length)
+    source, target = store.gather(ids)
+    form = plan.kernel, plan.max_length, plan.num_rectangles
+    return Batch.packed(source, target, source_slots, target_slots, *form)
 
 
 class MicroBatches(torch.utils.data.Dataset[Batch]):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
-from dtrain.batch import Kernel
+from dtrain.batch import NUM_RECTANGLES, Kernel
 from dtrain.data.packing import pack
 from dtrain.data.settings import BatchSettings
 
@@ -108,6 +108,7 @@ class BatchPlan:
         corpora: Sequence[tuple[int, int]] | None = None,
         kernel: Kernel = "padded",
         max_length: int | None = None,
+        num_rectangles: int = NUM_RECTANGLES,
     ) -> None:
         """Describe the stream; nothing is planned yet.
 
@@ -120,12 +121,13 @@ class BatchPlan:
                 k visits an epoch. One corpus of weight 1 if None.
             kernel: what will attend to the micro-batches; it changes their form, not the plan.
             max_length: tokens of the longest sentence there may be; any number if None.
+            num_rectangles: in which sentences attend, if the kernel needs them.
         """
         self.lengths = lengths
         self.settings = settings
         self.source_slots = source_slots
         self.target_slots = settings.target_slots
-        self.kernel, self.max_length = kernel, max_length
+        self.kernel, self.max_length, self.num_rectangles = kernel, max_length, num_rectangles
         self.seed = seed
         self.corpora = tuple(corpora) if corpora is not None else ((len(lengths), 1),)
         self._blocks = self._list_blocks()
