@@ -271,7 +271,7 @@ def test_a_new_run_goes_on_from_nowhere(toy):
 AS_TRAINED = {
     "run__max_steps": 100,
     "model__dropout": 0.0,
-    "optimizer__learning_rate": 2.0,
+    "optimizer__learning_rate": 0.5,
     "schedule__warmup_steps": 40,
 }
 
