@@ -18,6 +18,8 @@ from dtrain.preemption import StopSignal
 from dtrain.run_directory import RunDirectory
 from dtrain.start import Ready, claimed
 
+pytestmark = pytest.mark.slow  # each starts a training
+
 
 def claim(config, world=None) -> Ready:
     """Start a training of no steps."""

@@ -8,6 +8,8 @@ from dtrain import loss as loss_module
 from dtrain.batch import PAD_ID
 from dtrain.loss import smoothed_cross_entropy
 
+pytestmark = pytest.mark.slow  # Triton's interpreter takes its time
+
 kernel = pytest.importorskip("dtrain.kernels.cross_entropy", exc_type=ImportError)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

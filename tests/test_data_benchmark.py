@@ -49,6 +49,7 @@ def test_made_up_lengths_open_as_a_corpus_of_that_size(small, tmp_path, monkeypa
     assert not tokens.any()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_it_runs_and_writes_its_results(tmp_path, monkeypatch):
     made_up = data_speed.made_up

@@ -120,6 +120,7 @@ def test_log_probabilities_are_those_of_the_search(handed_out, tmp_path):
     assert decode_speed.log_probability(model, tmp_path, worse) < given - 0.1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_contestants_are_measured_and_compared(run, handed_out, tmp_path):
     task, model = handed_out

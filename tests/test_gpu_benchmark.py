@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import gpu, gpu_calibration, gpu_checks, gpu_task, gpu_training, yardstick  # noqa: E402
 from dtrain.loss import Objective  # noqa: E402
 
+pytestmark = pytest.mark.slow  # whole sections run
+
 
 @pytest.fixture(autouse=True)
 def _no_group_left():
@@ -187,6 +189,7 @@ def test_a_step_with_another_kernel_than_wanted_is_no_measurement(tiny_task):
             gpu_training.waits(training, next(iter(loader)))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_failing_sections_do_not_stop_the_others(tmp_path, capsys):
     """Without the section that makes up the data, those that need it fail."""

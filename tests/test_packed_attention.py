@@ -13,6 +13,8 @@ from dtrain.kernels import attention, attention_choice
 from dtrain.kernels.attention import attend, attend_to_self
 from dtrain.model.attention import MultiHeadAttention
 
+pytestmark = pytest.mark.slow  # Triton's interpreter takes its time
+
 pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

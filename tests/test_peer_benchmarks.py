@@ -247,6 +247,7 @@ def test_what_is_no_answer_is_quoted():
         contest.read_answer("hello\n")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_dtrain_makes_the_steps_that_it_planned(folder):
     with contest.started(train_speed.own_entry(folder, threads=1)) as dtrain:

@@ -8,6 +8,8 @@ from torch import nn
 
 from dtrain.kernels.residual import add_and_norm
 
+pytestmark = pytest.mark.slow  # Triton's interpreter takes its time
+
 fused_residual = pytest.importorskip("dtrain.kernels.fused_residual", exc_type=ImportError)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

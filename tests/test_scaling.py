@@ -18,6 +18,8 @@ from benchmarks.scaling_law import H200, MODELS, NO_LINKS, Settings
 from dtrain.model.settings import ModelSettings
 from dtrain.model.transformer import Transformer
 
+pytestmark = pytest.mark.slow  # it imports all that it compares
+
 MIB = 2**20
 
 
