@@ -24,6 +24,8 @@ from benchmarks.peers.translating import (
 from benchmarks.peers.turns import EOS, Rows
 from dtrain.search import search
 
+pytestmark = pytest.mark.slow  # a trained model is converted
+
 
 @pytest.fixture(scope="module")
 def run(trained) -> Path:

@@ -161,6 +161,7 @@ def whole_and_split(name: str) -> dict[str, object]:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"), [("adam", 2), pytest.param("adamw", 4, marks=pytest.mark.slow)]
 )

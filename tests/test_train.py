@@ -89,6 +89,7 @@ def same_after_a_stop(toy, size: int, **changes: object) -> None:
     assert [line["step"] for line in metrics_of(stopped)] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_stop_and_go_on_is_the_same_run_bit_for_bit(toy):
     same_after_a_stop(toy, 1)
 
@@ -294,6 +295,7 @@ def worlds_and_accumulations() -> list[object]:
     return [pytest.param(w, a, marks=marks[w, a]) for w, a in marks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "accumulation"), worlds_and_accumulations())
 def test_gradients_are_those_of_one_process_in_float64(toy, size, accumulation):
     count = size * accumulation
@@ -367,6 +369,7 @@ def refusal(config: Config) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_mistake_in_the_data_is_one_error_on_all_ranks(toy, tmp_path, size):
     (tmp_path / "a.en").write_text("one\ntwo\n", encoding="utf-8")
@@ -512,6 +515,7 @@ def run_with_nan(config: Config, first: int, last: int) -> int:
     return train.run(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
 def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(toy, size):
     config = toy("run", checkpoint__every_steps=1, checkpoint__keep_last=9, run__max_steps=4)
@@ -546,6 +550,7 @@ def run_behind_with_nan(config: Config, first: int, last: int) -> int:
     return run_with_nan(config, first, last)
 
 
+@pytest.mark.slow
 def test_a_device_that_runs_behind_is_told_of_in_the_same_words(toy):
     """Each step is settled when the next is on its way, but nothing is lost or put elsewhere."""
     changes = {"metrics__every_steps": 3, "checkpoint__every_steps": 4, "run__max_steps": 6}
@@ -572,6 +577,7 @@ def give_up(config: Config) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ten_updates_in_a_row_that_are_not_finite_end_the_run(toy, size):
     config = toy("run", run__max_steps=40)

@@ -48,6 +48,7 @@ def wait_for_a_dead_heart(world):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_others_give_up_on_a_dead_heart():
     _, message = in_world(2, 60, wait_for_a_dead_heart)
     assert message.startswith("rank 1: rank 0 gave no sign of life for 1 s")
