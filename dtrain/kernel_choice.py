@@ -114,34 +114,6 @@ def choose_fused(
     return chosen, notices
 
 
-def check_cuda_graph(config: Config, num_ranks: int, device: torch.device) -> None:
-    """Refuse to record what cannot be recorded.
-
-    Args:
-        config: with the attention kernel resolved.
-        num_ranks: of the training.
-        device: of this rank.
-
-    Raises:
-        UserError: naming what `kernels.cuda_graph` needs.
-    """
-    settings = config.distributed
-    needs = {
-        "a GPU": device.type == "cuda",
-        "batches of one shape: kernels.attention packed or varlen": (
-            config.kernels.attention != "padded"
-        ),
-        "distributed.reduction flat, with several ranks": (
-            num_ranks == 1 or settings.reduction == "flat"
-        ),
-        "distributed.reduction ddp or flat": settings.reduction != "tree",
-        "distributed.shard_optimizer false": num_ranks == 1 or not settings.shard_optimizer,
-    }
-    missing = next((what for what, is_there in needs.items() if not is_there), None)
-    if config.kernels.cuda_graph is True and missing is not None:
-        raise UserError(f"kernels.cuda_graph true needs {missing}; or leave it out")
-
-
 def why_not(device: torch.device) -> str:
     """Say why fused kernels cannot run there; empty if they can."""
     needs = {

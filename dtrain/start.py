@@ -17,17 +17,16 @@ from dtrain.auto_size import find_size, with_size
 from dtrain.config import Config
 from dtrain.cursors import CURSORS
 from dtrain.data.plan import BatchPlan
-from dtrain.data.preparation import is_prepared, num_cores, prepared_directory
+from dtrain.data.preparation import is_prepared, prepared_directory
 from dtrain.data.store import PreparedData
 from dtrain.distributed import World
 from dtrain.errors import UserError
 from dtrain.fault import strike
-from dtrain.kernel_choice import check_cuda_graph, choose_kernels
 from dtrain.lock import RunLock
 from dtrain.nodes import check_nodes, check_shared, hosts_of
-from dtrain.parts import build_model, build_plan, choose_precision
+from dtrain.parts import build_model, build_plan
 from dtrain.preemption import StopSignal
-from dtrain.rehearsal import possible_sizes
+from dtrain.resolution import check_world, resolve
 from dtrain.run_directory import RunDirectory
 from dtrain.saver import room_needed
 
@@ -133,9 +132,8 @@ def get_ready(
     """
     strike("in_preparation")
     run = RunDirectory(config.run_dir)
-    config, notices = _resolved(config, run, world)
+    config, notices = resolve(config, run, world)
     check_world(config, world)
-    check_cuda_graph(config, world.size, world.device)
     run.check(config, allowed)  # before preparing, which may take long
     data_dir = prepared_directory(config.data, config.vocabulary, config.vocabulary_of)
     if not is_prepared(config.data, config.vocabulary, data_dir, config.vocabulary_of):
@@ -164,37 +162,6 @@ def get_ready(
     if {"data", "plan"} & set(allowed):
         (run.path / CURSORS).unlink(missing_ok=True)  # they belong to the plan before
     return Ready(config, data_dir, resume_from, weights_from, [*notices, *damaged])
-
-
-def check_world(config: Config, world: World) -> None:
-    """Refuse more ranks than there is work for, or a number that cannot be a tree.
-
-    Raises:
-        UserError: naming what would work.
-    """
-    batch = config.batch
-    if batch.tokens_per_micro_batch == "auto":
-        if not possible_sizes(config, world.size):
-            raise UserError(
-                f"batch.tokens_per_micro_batch auto: batch.tokens_per_step {batch.tokens_per_step} "
-                f"cannot be cut into at least {world.size} equal parts, one for each rank, that "
-                f"hold a sentence of data.max_length {config.data.max_length}; start fewer ranks, "
-                f"or set batch.tokens_per_step to {world.size * config.data.max_length}"
-            )
-    elif world.size > batch.micro_batches_per_step:
-        count = batch.micro_batches_per_step
-        raise UserError(
-            f"{world.size} ranks cannot share the {count} micro-batches of a step; start at most "
-            f"{count}, or set batch.tokens_per_micro_batch to "
-            f"{batch.tokens_per_step // world.size} or less, a divisor of "
-            f"batch.tokens_per_step {batch.tokens_per_step}"
-        )
-    if config.distributed.reduction == "tree" and world.size & (world.size - 1):
-        nearest = 2 ** (world.size.bit_length() - 1)
-        raise UserError(
-            f"distributed.reduction tree needs 1, 2, 4, 8, ... ranks, not {world.size}; start "
-            f"{nearest}, or use --distributed.reduction=ddp"
-        )
 
 
 def identity(data: PreparedData, plan: BatchPlan) -> dict[str, str]:
@@ -290,30 +257,3 @@ def _sized(ready: Ready, world: World, stop: StopSignal, allowed: Collection[str
     sized: Ready = world.from_main(lambda: get_ready(config, world, stop, allowed))
     notices = [*ready.notices, *sized.notices, why]
     return replace(sized, attempt=ready.attempt, notices=notices)
-
-
-def _resolved(config: Config, run: RunDirectory, world: World) -> tuple[Config, list[str]]:
-    """Fill in what is `auto`, and say what the user should know of it.
-
-    A begun run keeps what it had; its attention kernel only if that works here. The size of a
-    micro-batch stays `auto` if the run is not begun, or cannot have it any more since the size of a
-    step has changed.
-    """
-    begun = run.config if run.config_file.exists() else config
-    threads, precision = config.run.threads, config.precision
-    if threads == "auto":
-        threads = begun.run.threads
-    if threads == "auto":
-        threads = max(1, num_cores() // world.local_size)
-    if precision == "auto":
-        precision = begun.precision
-    if precision == "auto":
-        precision = choose_precision(world.device)
-    kept = begun.batch.tokens_per_micro_batch
-    is_open = config.batch.tokens_per_micro_batch == "auto"
-    if is_open and kept != "auto" and kept in possible_sizes(config, 1):
-        config = with_size(config, kept)
-    run_settings = config.run.model_copy(update={"threads": threads})
-    config = config.model_copy(update={"run": run_settings, "precision": precision})
-    kernels, notices = choose_kernels(config, world.device, begun.kernels)
-    return config.model_copy(update={"kernels": kernels}), notices

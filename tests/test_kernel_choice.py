@@ -3,11 +3,11 @@ import torch
 from worlds import run_world
 
 from dtrain import kernel_choice, train
-from dtrain.config import Config, DistributedSettings, KernelsSettings, ValidationSettings
+from dtrain.config import Config, KernelsSettings, ValidationSettings
 from dtrain.data.vocabulary import Vocabulary
 from dtrain.errors import UserError
 from dtrain.inspection import inspect_step
-from dtrain.kernel_choice import CHECKS, check_cuda_graph, choose_attention, choose_fused, why_not
+from dtrain.kernel_choice import CHECKS, choose_attention, choose_fused, why_not
 from dtrain.kernels import attention_choice
 from dtrain.kernels.dropout import dropout
 from dtrain.model.settings import ModelSettings
@@ -177,31 +177,3 @@ def test_an_attention_kernel_that_was_asked_for_and_does_not_work_is_refused(toy
         choose_attention(config, CPU)
     why = "kernels.attention packed does not work on this cpu: it needs a GPU"
     assert str(caught.value) == f"{why}; set it to auto or padded"
-
-
-@pytest.mark.parametrize(
-    ("change", "num_ranks", "device", "missing"),
-    [
-        ({}, 1, GPU, None),
-        ({}, 1, CPU, "a GPU"),
-        ({"attention": "padded"}, 1, GPU, "batches of one shape"),
-        ({}, 2, GPU, "distributed.reduction flat"),
-        ({"reduction": "flat"}, 2, GPU, None),
-        ({"reduction": "tree"}, 1, GPU, "distributed.reduction ddp or flat"),
-        ({"reduction": "flat", "shard_optimizer": True}, 2, GPU, "distributed.shard_optimizer"),
-        ({"cuda_graph": "auto", "attention": "padded"}, 2, CPU, None),
-    ],
-)
-def test_what_cannot_be_recorded_is_refused_with_what_is_missing(
-    change, num_ranks, device, missing
-):
-    kernels = {"attention": "packed", "cuda_graph": True} | {
-        key: value for key, value in change.items() if key in KernelsSettings.model_fields
-    }
-    settings = DistributedSettings(**{k: v for k, v in change.items() if k not in kernels})
-    wanted = config(**kernels).model_copy(update={"distributed": settings})
-    if missing is None:
-        check_cuda_graph(wanted, num_ranks, device)
-        return
-    with pytest.raises(UserError, match=f"kernels.cuda_graph true needs {missing}"):
-        check_cuda_graph(wanted, num_ranks, device)

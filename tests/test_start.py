@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_model import save_checkpoint
-from worlds import run_world
+from worlds import run_world, world_of
 
-from dtrain import __main__, checkpoint, kernel_choice, lock, start
+from dtrain import __main__, checkpoint, lock
 from dtrain.checkpoint import steps_saved
 from dtrain.data.preparation import prepare, prepared_directory
 from dtrain.data.store import PreparedData
-from dtrain.distributed import World, alone, connect
+from dtrain.distributed import alone, connect
 from dtrain.errors import UserError
 from dtrain.lock import read_holder
 from dtrain.parts import build_plan
@@ -38,10 +38,6 @@ ON_THE_CPU = {
     "kernels__residual": "plain",
 }
 """What `auto` means here."""
-
-
-def world_of(size: int, local_size: int) -> World:
-    return replace(alone("cpu"), size=size, local_size=local_size)
 
 
 def make_ready(config, world=None, stop=None) -> Ready:
@@ -175,58 +171,6 @@ def test_a_stop_signal_ends_the_preparation(unprepared, python_stand_in, tmp_pat
 
 
 # ------------------------------------------------------------------ beginning and going on
-
-
-def test_threads_are_the_cores_shared_out_and_stay_so(toy, monkeypatch):
-    monkeypatch.setattr(start, "num_cores", lambda: 8)
-    first = make_ready(toy(run__threads="auto"), world_of(2, 2))
-    assert first.config.run.threads == 4
-    assert make_ready(toy(run__threads="auto"), world_of(4, 4)).config.run.threads == 4
-    assert make_ready(toy(run__threads=2), world_of(4, 4)).config.run.threads == 2
-    monkeypatch.setattr(start, "num_cores", lambda: 3)
-    assert make_ready(toy("other", run__threads="auto"), world_of(4, 4)).config.run.threads == 1
-
-
-def test_the_precision_is_recorded_and_stays_so(toy, monkeypatch):
-    """Else a run would go on in another precision on a GPU that has a better one."""
-    monkeypatch.setattr(start, "choose_precision", lambda _: "fp16")
-    assert make_ready(toy()).config.precision == "fp16"
-    monkeypatch.setattr(start, "choose_precision", lambda _: "bf16")
-    assert make_ready(toy()).config.precision == "fp16"
-    assert make_ready(toy("other")).config.precision == "bf16"
-
-
-def test_the_attention_kernel_is_recorded_and_stays_so_as_long_as_it_works(toy, monkeypatch):
-    asked = []
-
-    def choose(config, _, recorded):
-        asked.append((config.kernels.attention, recorded))
-        return "varlen", ["packed hurts"]
-
-    monkeypatch.setattr(kernel_choice, "choose_attention", choose)
-    ready = make_ready(toy())
-    assert ready.config.kernels.attention == "varlen"
-    assert ready.notices == ["packed hurts"]
-    make_ready(toy())
-    make_ready(toy(kernels__attention="padded"))
-    assert asked == [("auto", "auto"), ("auto", "varlen"), ("padded", "varlen")]
-
-
-def test_more_ranks_than_micro_batches_are_refused_with_what_works(toy):
-    assert make_ready(toy(), world_of(4, 4)).config.batch.micro_batches_per_step == 4
-    with pytest.raises(UserError) as caught:
-        make_ready(toy("wide"), world_of(8, 8))
-    message = str(caught.value)
-    assert "8 ranks cannot share the 4 micro-batches of a step; start at most 4" in message
-    assert "set batch.tokens_per_micro_batch to 64 or less" in message
-    assert not toy("wide").run_dir.exists()
-
-
-def test_a_tree_of_three_ranks_is_refused_with_what_works(toy):
-    config = toy(distributed__reduction="tree")
-    assert make_ready(config, world_of(4, 4)).config.distributed.reduction == "tree"
-    with pytest.raises(UserError, match=r"needs 1, 2, 4, 8, ... ranks, not 3; start 2, or use"):
-        make_ready(config, world_of(3, 3))
 
 
 def tuned(toy, base, tmp_path):

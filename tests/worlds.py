@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from typing import Any
 import torch
 import torch._dynamo  # the first optimizer would import it, for seconds, in every rank anew
 
+from dtrain.distributed import World, alone
 from dtrain.peers import process_state
+
+
+def world_of(size: int, local_size: int) -> World:
+    """What rank 0 of so many ranks on the CPU would be told, without the others."""
+    return replace(alone("cpu"), size=size, local_size=local_size)
 
 
 def run_world(
