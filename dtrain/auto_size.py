@@ -21,7 +21,7 @@ from dtrain.errors import UserError
 from dtrain.learner import Learner
 from dtrain.memory import free_memory, peak_bytes
 from dtrain.parts import build_plan, configure_torch
-from dtrain.rehearsal import fits, heaviest, possible_sizes
+from dtrain.rehearsal import SHRINK, enough_memory, fits, heaviest, possible_sizes
 
 GPU_SHARE_KEPT_FREE = 0.1  # for longer sentences in later windows, and gaps between tensors
 CPU_FACTOR = 1.5  # likewise; the allocator alone was seen to waste a quarter
@@ -47,13 +47,15 @@ def find_size(config: Config, data: PreparedData, world: World) -> tuple[int, st
         Its target slots, and a line for the user that says why it is this one.
 
     Raises:
-        UserError: on all ranks, if none fits.
+        UserError: on all ranks, if none fits; on a rank alone, if not even the model does there.
     """
     configure_torch(config, world.device)
     sizes = possible_sizes(config, world.size)
-    trial = _Trial(config, data, world)
+    with enough_memory("the model with its gradients and moments", world, SHRINK):
+        trial = _Trial(config, data, world)
     size = largest_fitting(sizes, trial.judge(sizes), world)
     del trial
+    world.unwrap()
     gc.collect()  # modules and hooks refer to each other
     torch.cuda.empty_cache()
     step = config.batch.tokens_per_step
@@ -61,7 +63,7 @@ def find_size(config: Config, data: PreparedData, world: World) -> tuple[int, st
         raise UserError(
             f"batch.tokens_per_micro_batch auto: not even {sizes[-1]:,} tokens, the smallest "
             f"divisor of batch.tokens_per_step {step:,} that can be, fit in the memory of every "
-            f"rank; make the model smaller or use more memory"
+            f"rank; {SHRINK}"
         )
     feeds = f"feeds {world.size} {'rank' if world.size == 1 else 'ranks'}"
     why = f"{feeds}; it fits in memory"
@@ -164,7 +166,7 @@ def linear_need(
     slope = base / small
     if larger > small and slope * larger <= free:
         slope = (count(larger) - base) / (larger - small)
-    return lambda size: base + slope * (size - small)
+    return lambda size: base if size == small else base + slope * (size - small)
 
 
 def _uncompiled(config: Config) -> Config:

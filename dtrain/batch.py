@@ -167,11 +167,6 @@ class Layout:
             boundaries=torch.from_numpy(boundaries),
         )
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether tokens lie in slots [slots] rather than in cells [N, L]."""
-        return self.token_mask is not None
-
     def map(self, change: "TensorChange") -> "Layout":
         """Apply `change` to every tensor (a move to a device, say)."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -99,7 +99,7 @@ class DistributedSettings(_Section):
         "ddp", description="tree: the same bits on 1, 2, 4, ... ranks, slower; flat: after backward"
     )
     gradient_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="in which ddp sums over the ranks; bf16 halves what is sent"
+        "fp32", description="in which ddp and flat sum over the ranks; bf16 halves what is sent"
     )
     bucket_mb: Literal["auto"] | PositiveInt = Field(
         "auto", description="MiB that ddp reduces at once; auto: 25, on the CPU all of it"

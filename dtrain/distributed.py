@@ -97,6 +97,15 @@ class World:
         self._wrapped.append(wrapped)
         return wrapped
 
+    def unwrap(self) -> None:
+        """Let go of all modules that were wrapped; none of them is called any more."""
+        for module in self._wrapped:
+            # They would hold the process group beyond its end, and whichever is the last to let go
+            # of it ends its threads: these two while they keep Python's lock, for which a thread
+            # may wait.
+            del module.logger, module.reducer
+        self._wrapped.clear()
+
     def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:
         """Hold back the reduction; both forward and backward must happen inside."""
         if isinstance(module, DistributedDataParallel):
@@ -317,10 +326,7 @@ def connect(device: str, timeout: int) -> Iterator[World]:
     world = World(rank, size, local_size, chosen, c10d.PrefixStore("dtrain", store))
     yield world
     # Only on success: after an error a peer may be stuck in a collective, and cleaning up joins it.
-    for module in world._wrapped:
-        # They would hold the process group beyond its end, and whichever is the last to let go of
-        # it ends its threads: these two while they keep Python's lock, for which a thread may wait.
-        del module.logger, module.reducer
+    world.unwrap()
     dist.destroy_process_group()
     world.leave()
 

@@ -183,7 +183,8 @@ def _tried(run: Callable[[], str]) -> str:
     try:
         return run()
     except Exception as error:  # whatever a compiler or a driver may raise
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        first_line, *_ = str(error).strip().partition("\n")
+        return f"{type(error).__name__}: {first_line}"
 
 
 def _first_difference(ours: Results, twins: Results, dtype: torch.dtype) -> str:

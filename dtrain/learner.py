@@ -98,6 +98,7 @@ class Learner:
         self._held = torch.zeros((), dtype=torch.bool, device=world.device)
         self._recorded_backward: RecordedBackward | None = None
         self._recorded_update: Recording | None = None
+        self._recorded_buffers: list[Tensor] = []
 
     def load(self, path: Path) -> None:
         """Become as a checkpoint was."""
@@ -225,6 +226,9 @@ class Learner:
         self._recorded_update = Recording(self._update_and_clear)
         self._held.fill_(False)
         self.scaler.load_state_dict(scale)
+        # A graph holds addresses alone, and a longer sentence replaces the table of positions: if
+        # the old one were freed, replays would read what came to lie there.
+        self._recorded_buffers = list(self.model.buffers())
 
     def _backward(self, batch: Batch, weight: float | Tensor) -> Tensor:
         with autocast(self.world.device, self.precision):

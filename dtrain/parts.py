@@ -18,6 +18,10 @@ from dtrain.model.sublayer import Residual
 from dtrain.model.transformer import Transformer
 from dtrain.run_directory import RunDirectory
 
+# Torch and cuBLAS look at it once, at the first product on a GPU, which may be a kernel that is
+# tried long before `configure_torch`; without it `run.deterministic` refuses every product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 def build_model(config: Config, vocabulary: Vocabulary) -> Transformer:
     """Make the model with the seed's random weights, the same on every rank and device."""
@@ -89,7 +93,6 @@ def configure_torch(config: Config, device: torch.device) -> None:
     if config.run.threads != "auto":
         torch.set_num_threads(config.run.threads)
     if config.run.deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
 

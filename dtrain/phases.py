@@ -70,7 +70,10 @@ class Phases:
             self._mark("")
             self._end_span()
             self._last, self._marks = self._marks, []
-            self._seconds_in_steps += self._last[-1].time - self._last[0].time
+
+    def note_step(self, seconds: float) -> None:
+        """Count the seconds of a step that is through; on a GPU, those since the step before."""
+        self._seconds_in_steps += seconds
 
     def seconds(self) -> dict[str, float]:
         """Give the seconds of each phase of the last step; on a GPU, wait until it is through."""

@@ -90,7 +90,7 @@ class Profile:
         self._phases.are_shown = True
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        """Write what was recorded; a full disk is no reason to stop a training."""
+        """Write what was recorded, all ranks; a full disk is no reason to stop a training."""
         self._phases.are_shown = False
         assert self._settings is not None, "nothing is recorded without settings"
         recorded = min(self._settings.steps, self._count - self._settings.start + 1)
@@ -102,6 +102,10 @@ class Profile:
         sort_by = "self_cuda_time_total"
         if self._world.device.type == "cpu":
             sort_by = "self_cpu_time_total"
+        outcome = (
+            f"steps {first} to {self._number} are in {path}: open it at https://ui.perfetto.dev; "
+            f"{name}.txt lists the operators"
+        )
         with self._patiently("writing a profile"):
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -110,12 +114,9 @@ class Profile:
                 path.with_name(f"{name}.txt").write_text(text + "\n", encoding="utf-8")
                 _write_trace(profiler, path)
             except OSError as error:
-                self._say(f"warning: cannot write {path}: {error}")
-                return
-        self._say(
-            f"steps {first} to {self._number} are in {path}: open it at https://ui.perfetto.dev; "
-            f"{name}.txt lists the operators"
-        )
+                outcome = f"warning: cannot write {path}: {error}"
+            self._world.meet()  # it may take one rank longer than collectives wait for each other
+        self._say(outcome)
 
 
 def _write_trace(profiler: torch.profiler.profile, path: Path) -> None:

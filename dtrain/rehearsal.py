@@ -4,7 +4,8 @@ A batch that does not fit in memory is found out at once, not hours later, and t
 which size would fit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from dtrain.data.plan import BatchPlan, Cursor, Ids
 from dtrain.data.settings import LEAST_SLOTS
 from dtrain.distributed import World
 from dtrain.errors import UserError
+
+SHRINK = "make the model smaller or use more memory"
+
+# Of torch on a CPU, of CUDA, Triton and NCCL, and of cuBLAS and cuDNN.
+_WORDS = "allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED"
 
 
 def rehearse(
@@ -48,7 +54,7 @@ def rehearse(
     advice = (
         f"{largest} would fit: --batch.tokens_per_micro_batch={largest}"
         if largest
-        else "no smaller size fits either; make the model smaller or use more memory"
+        else f"no smaller size fits either; {SHRINK}"
     )
     raise UserError(
         f"a micro-batch of {plan.target_slots} tokens does not fit in the memory of "
@@ -99,9 +105,38 @@ def fits(backward: Callable[[Batch], object], batch: Batch) -> bool:
     """Say whether a batch runs through without running out of memory."""
     try:
         backward(batch)
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        on_cpu = "allocate memory" in str(error) or "not enough memory" in str(error)
-        if not (on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
             raise
         return False
     return True
+
+
+@contextmanager
+def enough_memory(what: str, world: World, advice: str) -> Iterator[None]:
+    """Do something that may not fit in memory.
+
+    Args:
+        what: needs it.
+        world: of this rank, whose device it is.
+        advice: what the user can do.
+
+    Raises:
+        UserError: on this rank alone, if memory runs out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        why = f"{what} does not fit in the memory of {world.device}; {advice}"
+        raise UserError(why) from error
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Look at an error and at those during which it came: a CUDA graph's recording adds its own."""
+    if error is None:
+        return False
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(word in str(error) for word in _WORDS) or _is_out_of_memory(error.__context__)

@@ -1,5 +1,7 @@
 """What settings mean on the ranks and devices at hand: `auto` resolved, the rest refused."""
 
+from collections.abc import Sequence
+
 from dtrain.auto_size import with_size
 from dtrain.config import Config
 from dtrain.data.preparation import num_cores
@@ -14,9 +16,9 @@ from dtrain.run_directory import RunDirectory
 def resolve(config: Config, run: RunDirectory, world: World) -> tuple[Config, list[str]]:
     """Fill in what is `auto`, and say what the user should know of it.
 
-    A begun run keeps what it had; its attention kernel only if that works here. The size of a
-    micro-batch stays `auto` if the run is not begun, or cannot have it any more since the size of a
-    step has changed.
+    A begun run keeps what it had; of its kernels those that work here. The size of a micro-batch
+    stays `auto` if the run is not begun, or cannot have it any more since the size of a step has
+    changed.
     """
     begun = run.config if run.config_file.exists() else config
     threads, precision = config.run.threads, config.precision
@@ -38,8 +40,13 @@ def resolve(config: Config, run: RunDirectory, world: World) -> tuple[Config, li
     return config.model_copy(update={"kernels": kernels}), notices
 
 
-def check_world(config: Config, world: World) -> None:
+def check_world(config: Config, world: World, notices: Sequence[str] = ()) -> None:
     """Refuse more ranks than there is work for, and what these ranks or devices cannot do.
+
+    Args:
+        config: resolved.
+        world: the ranks.
+        notices: what `resolve` had to say.
 
     Raises:
         UserError: naming what would work.
@@ -67,25 +74,26 @@ def check_world(config: Config, world: World) -> None:
             f"distributed.reduction tree needs 1, 2, 4, 8, ... ranks, not {world.size}; start "
             f"{nearest}, or use --distributed.reduction=ddp"
         )
-    check_cuda_graph(config, world)
+    check_cuda_graph(config, world, notices)
 
 
-def check_cuda_graph(config: Config, world: World) -> None:
+def check_cuda_graph(config: Config, world: World, notices: Sequence[str] = ()) -> None:
     """Refuse to record what cannot be recorded.
 
     Args:
         config: with the attention kernel resolved.
         world: the ranks.
+        notices: why it is this one, among other things.
 
     Raises:
         UserError: naming what `kernels.cuda_graph` needs.
     """
     settings = config.distributed
+    why = "; ".join(notice for notice in notices if "attention" in notice)
+    one_shape = "batches of one shape: kernels.attention packed or varlen"
     needs = {
         "a GPU": world.device.type == "cuda",
-        "batches of one shape: kernels.attention packed or varlen": (
-            config.kernels.attention != "padded"
-        ),
+        one_shape + (f" ({why})" if why else ""): config.kernels.attention != "padded",
         "distributed.reduction flat, with several ranks": (
             world.size == 1 or settings.reduction == "flat"
         ),

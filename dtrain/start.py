@@ -39,7 +39,7 @@ class Ready:
     """What every rank needs to begin.
 
     Attributes:
-        config: with threads, precision and attention kernel as recorded.
+        config: with threads, precision and kernels as recorded.
         data_dir: the prepared directory.
         resume_from: the checkpoint to go on from, if there is one.
         weights_from: the other run's checkpoint to begin with, if nothing is resumed.
@@ -133,7 +133,7 @@ def get_ready(
     strike("in_preparation")
     run = RunDirectory(config.run_dir)
     config, notices = resolve(config, run, world)
-    check_world(config, world)
+    check_world(config, world, notices)
     run.check(config, allowed)  # before preparing, which may take long
     data_dir = prepared_directory(config.data, config.vocabulary, config.vocabulary_of)
     if not is_prepared(config.data, config.vocabulary, data_dir, config.vocabulary_of):

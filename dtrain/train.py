@@ -40,7 +40,7 @@ from dtrain.phases import Phases, measure
 from dtrain.preemption import Deadline, StopSignal
 from dtrain.profiling import Profile
 from dtrain.progress import Progress
-from dtrain.rehearsal import possible_sizes, rehearse
+from dtrain.rehearsal import enough_memory, possible_sizes, rehearse
 from dtrain.run_directory import RunDirectory, Status
 from dtrain.saver import Saver
 from dtrain.start import Ready, claimed, describe, identity
@@ -102,7 +102,7 @@ class Training:
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         self.saves_begun: dict[int, float] = {}
         self.unsettled: tuple[Learned, float] | None = None  # with the time since which it ran
-        self.settled_at = self.step_seconds = 0.0
+        self.settled_at = 0.0
 
     def restore(self) -> Progress:
         """Go on from the checkpoint that rank 0 chose, or begin."""
@@ -174,7 +174,9 @@ class Training:
         if self.world.size > 1:
             self.learner.discarded_backward(empty)
         if self.config.kernels.cuda_graph is True:
-            self.learner.record(empty.to(self.world.device))
+            advice = "set batch.tokens_per_micro_batch lower or leave kernels.cuda_graph out"
+            with enough_memory("a step recorded as CUDA graphs", self.world, advice):
+                self.learner.record(empty.to(self.world.device))
 
     def train_step(self, step: LoadedStep, waiting_since: float) -> None:
         """Learn from a step, count it, measure it.
@@ -194,14 +196,14 @@ class Training:
             self.log_step(learned)
 
     def settle(self) -> None:
-        """Count how the newest step went, unless that is done; wait for the GPU to finish it."""
+        """Count how the step not settled yet went, if any; wait for the GPU to finish it."""
         if self.unsettled is None:
             return
         (learned, waiting_since), self.unsettled = self.unsettled, None
         updated, now = learned.updated, time.perf_counter()
-        self.step_seconds = now - max(waiting_since, self.settled_at)
-        self.settled_at = now
-        self.progress.note_outcome(updated=updated, seconds=self.step_seconds)
+        seconds, self.settled_at = now - max(waiting_since, self.settled_at), now
+        self.phases.note_step(seconds)
+        self.progress.note_outcome(updated=updated, seconds=seconds)
         if not updated:
             self.report_skipped(learned)
 
@@ -255,7 +257,6 @@ class Training:
 
     def judge(self) -> None:
         """Validate, and note the score with this step's checkpoint; the best get one."""
-        self.settle()
         try:
             score = self.validate()
         except CutShortError:  # by a stop signal; it is made up for when the run goes on
@@ -294,6 +295,7 @@ class Training:
     @contextmanager
     def patiently(self, phase: str) -> Iterator[None]:
         """Do something in which a rank may stand still for longer than in a step."""
+        self.settle()  # else its time would be counted to the step
         self.at(phase, self.progress.step)
         before = self.heartbeat.timeout
         self.heartbeat.timeout = max(before, self.config.distributed.first_step_timeout)
@@ -322,7 +324,6 @@ class Training:
         """Write a checkpoint, from rank 0, unless this step has one."""
         if self.saved_step == self.progress.step:
             return
-        self.settle()
         self.learner.check_same_everywhere(self.progress.step)
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         with self.patiently("saving"):
@@ -349,7 +350,8 @@ class Training:
 
     def log_step(self, learned: Learned) -> None:
         """Measure this step, which is settled, over all ranks and write it down."""
-        plan, tokens, seconds = learned.plan, learned.plan.num_target_tokens, self.step_seconds
+        plan, tokens = learned.plan, learned.plan.num_target_tokens
+        seconds = sum(self.phases.seconds().values())
         # Summed without rounding, so that the order, and with it the number of ranks, is no matter.
         columns = zip(*self.world.sum(learned.sums.clone()).tolist(), strict=True)
         loss, nll = (math.fsum(column) / tokens for column in columns)

@@ -1,6 +1,8 @@
 """The largest micro-batch that fits: found by all ranks together, recorded, and kept."""
 
+import math
 import resource
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from dtrain.checkpoint import steps_saved
 from dtrain.data.store import PreparedData
 from dtrain.distributed import alone, connect
 from dtrain.errors import UserError
+from dtrain.learner import Learner
 from dtrain.preemption import StopSignal
 from dtrain.run_directory import RunDirectory
 from dtrain.start import Ready, claimed
@@ -77,6 +80,11 @@ def test_two_counts_make_a_line():
     assert need(4096) == pytest.approx(count(4096))
 
 
+def test_a_second_count_that_fails_says_nothing_of_the_first_size():
+    need = linear_need(lambda size: 1000 if size == 100 else math.inf, [4096, 300, 100], 2**20)
+    assert [need(size) for size in (100, 300, 4096)] == [1000, math.inf, math.inf]
+
+
 def test_what_might_take_too_much_is_not_tried_to_find_out():
     def count(size: int) -> float:
         assert size == 100
@@ -119,6 +127,36 @@ def test_where_nothing_fits_the_start_is_refused(auto, monkeypatch):
     with pytest.raises(UserError, match=r"not even 64 tokens, the smallest divisor of .* 512"):
         claim(config)
     assert not RunDirectory(config.run_dir).config_file.exists()
+
+
+def test_where_not_even_the_model_fits_the_start_is_refused(auto, monkeypatch):
+    def update(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(Learner, "update", update)
+    with pytest.raises(
+        UserError, match=r"the model .* does not fit in the memory of cpu; make the"
+    ):
+        claim(auto())
+
+
+def find_and_look_for_the_model(config) -> bool:
+    """Find a size; says whether the model that it was tried with is still there."""
+    models = []
+
+    class Noted(_Trial):
+        def judge(self, sizes):
+            models.append(weakref.ref(self.learner.model))
+            return super().judge(sizes)
+
+    auto_size._Trial = Noted
+    with connect("cpu", 60) as world:
+        find_size(config, open_data(config), world)
+        return models[0]() is not None
+
+
+def test_nothing_is_left_of_a_trial_on_several_ranks(auto):
+    assert run_world(2, find_and_look_for_the_model, auto()) == [False, False]
 
 
 def test_a_trial_that_fails_does_no_harm(auto):

@@ -49,7 +49,6 @@ def test_packed_holds_every_token_at_its_place_and_nothing_else(rows):
         ("source", batch.source_layout, slack[0]),
         ("target", batch.target_layout, slack[1]),
     ):
-        assert layout.is_packed
         assert layout.positions.tolist() == positions[side] + [0] * behind
         num_tokens = len(positions[side])
         assert layout.token_mask.tolist() == [True] * num_tokens + [False] * behind
@@ -133,7 +132,7 @@ def test_padded_is_the_classic_rectangle():
     assert batch.target_in.tolist() == [[BOS_ID, 8, PAD_ID, PAD_ID], [BOS_ID, 9, 10, 11]]
     assert batch.target_out.tolist() == [[8, EOS_ID, PAD_ID, PAD_ID], [9, 10, 11, EOS_ID]]
     assert batch.source_layout.positions.tolist() == [[0, 1, 2], [0, 1, 2]]
-    assert not batch.source_layout.is_packed
+    assert batch.source_layout.token_mask is None
     assert batch.num_tokens == 6
 
 

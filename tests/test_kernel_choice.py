@@ -96,12 +96,17 @@ def fails(_x, _y):
     raise RuntimeError("no kernel image\nmore")
 
 
+def fails_without_a_word(_x, _y):
+    raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("kernel", "complaint"),
     [
         (drops_nothing, "0.0% are dropped and not 25%"),
         (drops_otherwise_in_backward, "y is off by"),
         (fails, "RuntimeError: no kernel image"),
+        (fails_without_a_word, "NotImplementedError"),
     ],
 )
 def test_a_residual_that_is_wrong_is_found_out(monkeypatch, kernel, complaint):

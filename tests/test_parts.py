@@ -1,5 +1,6 @@
 import os
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
+from dtrain import parts
 from dtrain.batch import NUM_RECTANGLES
 from dtrain.data.preparation import prepare, prepared_directory
 from dtrain.data.store import PreparedData
@@ -139,8 +141,17 @@ def test_threads_are_set_as_the_run_wants_them(toy):
         torch.set_num_threads(1)
 
 
-def test_determinism_is_switched_on_for_gpus_only(toy, monkeypatch):
+def test_cublas_is_told_to_be_deterministic_before_anything_can_ask_it(monkeypatch):
+    """Kernels are tried on a GPU before torch is configured, and torch looks only once."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    runpy.run_path(parts.__file__)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    runpy.run_path(parts.__file__)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_determinism_is_switched_on_for_gpus_only(toy, monkeypatch):
     switched = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", switched.append)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
@@ -149,7 +160,6 @@ def test_determinism_is_switched_on_for_gpus_only(toy, monkeypatch):
     assert switched == []
     configure_torch(toy(), CUDA)
     assert switched == [True]
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_memory_is_what_the_kernel_counted():

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from worlds import run_world
 
-from dtrain import train
+from dtrain import profiling, train
 from dtrain.config import Config
-from dtrain.distributed import alone, connect
+from dtrain.distributed import World, alone, connect
+from dtrain.learner import Learner, Outcome
 from dtrain.phases import Phases, measure
 
 CPU = torch.device("cpu")
@@ -114,10 +115,12 @@ def test_the_last_gradient_ends_this_ranks_own_work(clock):
 def test_what_lies_between_steps_is_a_share_of_all_time(clock):
     phases = Phases(CPU)
     for _ in range(2):
-        run_step(phases, clock, STEP)  # 5.75 s
+        run_step(phases, clock, STEP)
+        phases.note_step(5.75)
         clock.now += 2
     assert phases.share_between_steps() == pytest.approx(4 / 15.5)
     run_step(phases, clock, STEP)
+    phases.note_step(5.75)
     assert phases.share_between_steps() == 0
 
 
@@ -156,6 +159,7 @@ def test_a_gpu_is_asked_when_it_passed_not_when_it_was_told(monkeypatch):
 def test_shares_add_up_to_the_step(clock):
     phases = Phases(CPU)
     run_step(phases, clock, STEP)
+    phases.note_step(5.75)
     found = measure(phases, alone("cpu"))
     assert found == {
         "train/data_wait_share": 0.5 / 5.75,
@@ -180,29 +184,67 @@ def test_the_rank_that_others_wait_for_is_named():
         assert found["train/slowest_rank_ratio"] == pytest.approx(5 / ((3.5 + 5 + 3.5) / 3))
 
 
-def run_and_add_up(config: Config) -> list[float]:
-    """Train; gives the seconds of all phases of each step."""
-    sums, really_measure = [], train.measure
+def train_and_note(config: Config, behind: bool) -> tuple[list[float], list[float], list[int]]:
+    """Train; if `behind`, a step takes 50 ms more, for which the program waits when it asks.
 
-    def measure_both(phases, world):
-        sums.append(sum(phases.seconds().values()))
+    Returns:
+        The seconds of each step by the clock around it; those of all phases of each that was
+        logged; and how many steps there were whenever a trace was written.
+    """
+    around, inside, written = list[float](), list[float](), list[int]()
+    really_note, really_measure, really_read = Phases.note_step, train.measure, Outcome.read
+
+    def note(self: Phases, seconds: float) -> None:
+        around.append(seconds)
+        really_note(self, seconds)
+
+    def measure_both(phases: Phases, world: World) -> dict[str, float]:
+        inside.append(sum(phases.seconds().values()))
         return really_measure(phases, world)
 
-    train.measure = measure_both
+    def read_late(self: Outcome) -> float:
+        if not hasattr(self, "is_read"):
+            time.sleep(0.05)
+        self.is_read = True
+        return really_read(self)
+
+    Phases.note_step, train.measure = note, measure_both
+    profiling._write_trace = lambda *_: written.append(len(around))
+    if behind:
+        Learner.runs_behind = True
+        Outcome.read = read_late
     train.run(config)
-    return sums
+    return around, inside, written
+
+
+def metrics_of(config: Config) -> list[dict[str, float]]:
+    text = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.mark.slow
 def test_phases_of_a_training_are_all_of_its_steps(toy):
     config = toy("run", batch__tokens_per_step=256)
-    [sums] = run_world(1, run_and_add_up, config)
-    text = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    [(around, _, _)] = run_world(1, train_and_note, config, False)
+    lines = metrics_of(config)
     steps = [line["train/step_seconds"] for line in lines]
-    assert len(steps) == 12
-    assert all(phases <= step for phases, step in zip(sums, steps, strict=True))
-    assert sum(sums) > 0.9 * sum(steps)
+    assert len(steps) == len(around) == 12
+    assert all(inside <= whole for inside, whole in zip(steps, around, strict=True))
+    assert sum(steps) > 0.9 * sum(around)
     for line in lines:
         assert line["train/forward_backward_share"] > line["train/optimizer_share"] > 0
         assert 0 <= line["train/between_steps_share"] < 1
+
+
+@pytest.mark.slow
+def test_the_program_that_waits_for_a_device_is_in_a_step(toy):
+    """A step has the seconds of its phases, however late the program hears that it is through."""
+    settings = {"batch__tokens_per_step": 256, "metrics__every_steps": 4}
+    config = toy("run", **settings, run__profile__start=2, run__profile__steps=1)
+    [(around, inside, written)] = run_world(1, train_and_note, config, True)
+    assert len(around) == 12
+    assert written == [2]  # the time that writing takes is not a step's
+    lines = metrics_of(config)
+    assert [line["train/step_seconds"] for line in lines] == pytest.approx(inside)
+    for line in lines[1:]:  # what comes before the first step is between steps too
+        assert line["train/between_steps_share"] < 0.2

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from worlds import run_world
 
-from dtrain import train
+from dtrain import profiling, train
 from dtrain.checkpoint import steps_saved
 from dtrain.config import ProfileSettings
-from dtrain.distributed import alone
+from dtrain.distributed import alone, connect
 from dtrain.phases import PHASES, Phases
 from dtrain.profiling import Profile, memory_curves
 
@@ -77,6 +78,37 @@ def test_what_cannot_be_written_is_said_and_no_more(tmp_path):
     (tmp_path / "profile").write_text("in the way", encoding="utf-8")
     [said] = profile_steps(tmp_path / "profile", ProfileSettings(start=2, steps=1), 3)
     assert said.startswith(f"warning: cannot write {tmp_path}/profile/rank-0-steps-2-2.json.gz: ")
+
+
+def write_on_rank(folder: Path) -> tuple[float, list[str]]:
+    """Profile a step; rank 0 takes a second to write, rank 1 cannot. Gives the seconds it took."""
+
+    def write(*_: object) -> None:
+        if world.rank == 1:
+            raise OSError("no room")
+        time.sleep(1)
+
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, connect("cpu", 60) as world:
+        patch.setattr(profiling, "_write_trace", write)
+        phases = Phases(world.device)
+        settings = ProfileSettings(start=2, steps=1)
+        parts = world, phases, lambda _: nullcontext(), said.append
+        with Profile(settings, folder, *parts) as profile:
+            profile.note_step(1)
+            world.meet()
+            begun = time.monotonic()
+            profile.note_step(2)
+            return time.monotonic() - begun, said
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_one_that_writes_longest(tmp_path):
+    """Else the others would give up in their next collective."""
+    (first, _), (second, said) = run_world(2, write_on_rank, tmp_path)
+    assert first > 0.9
+    assert second > 0.9
+    assert said[0].endswith("rank-1-steps-2-2.json.gz: no room")
 
 
 def test_without_the_setting_nothing_happens(tmp_path):

@@ -1,6 +1,7 @@
 """Recorded work. What only a GPU can show is marked so; the rest runs with a stand-in that replays
 by doing the work again in the same memory."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,19 @@ def test_recorded_steps_are_the_same_steps(toy, precision):
     assert [norm == norm for norm in plain[0]] == [True, True, False, True]  # NaN is not itself
     assert str(plain[0]) == str(recorded[0])
     assert all(map(torch.equal, plain[1], recorded[1]))
+
+
+@pytest.mark.usefixtures("done_again")
+def test_tables_that_were_recorded_stay_when_a_longer_sentence_replaces_them(toy):
+    """A graph holds addresses: whatever came to lie there would be read as positions."""
+    config = toy(precision="fp32")
+    vocabulary = PreparedData.open(prepared_directory(config.data, config.vocabulary)).vocabulary
+    learner = Learner(config, vocabulary, alone("cpu"))
+    learner.record(Batch.empty(8, 8))
+    encoding = learner.model.encoder.positions
+    recorded = weakref.ref(encoding.table)
+    assert encoding.up_to(9999) is not recorded()
+    assert recorded() is not None
 
 
 @pytest.mark.usefixtures("done_again")

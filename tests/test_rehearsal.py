@@ -1,17 +1,21 @@
 """A micro-batch that does not fit in memory is found out before training."""
 
 import resource
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from worlds import run_world
 
 from dtrain import train
+from dtrain.batch import Batch
 from dtrain.config import load_config
+from dtrain.distributed import alone
 from dtrain.errors import UserError
-from dtrain.rehearsal import heaviest, possible_sizes
+from dtrain.rehearsal import enough_memory, fits, heaviest, possible_sizes
 
 
 def test_the_heaviest_micro_batch_has_the_largest_rectangles():
@@ -54,6 +58,51 @@ def test_sizes_divide_the_step_hold_every_sentence_and_feed_every_rank(
     }
     config = load_config(None, [f"--{key}={value}" for key, value in settings.items()])
     assert possible_sizes(config, ranks) == brute == sizes
+
+
+class Recorded:
+    """Ends as a CUDA graph's recording does: with an error of its own after another."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("surroundings", [nullcontext(), Recorded()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_that_memory_is_not_enough_is_said_in_many_words(surroundings, error):
+    def run(_batch: Batch) -> None:
+        with surroundings:
+            raise error
+
+    assert not fits(run, Batch.empty(8, 8))
+    with (
+        pytest.raises(UserError, match=r"^a cake does not fit in the memory of cpu; eat less$"),
+        enough_memory("a cake", alone("cpu"), "eat less"),
+    ):
+        run(Batch.empty(8, 8))
+
+
+def test_another_error_is_not_taken_for_it():
+    def run(_batch: Batch) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        fits(run, Batch.empty(8, 8))
+    with pytest.raises(RuntimeError, match="illegal"), enough_memory("", alone("cpu"), ""):
+        run(Batch.empty(8, 8))
 
 
 def refused(config, room: int) -> str:

@@ -104,3 +104,17 @@ def test_what_cannot_be_recorded_is_refused_with_what_is_missing(
         return
     with pytest.raises(UserError, match=f"kernels.cuda_graph true needs {missing}"):
         check_cuda_graph(wanted, world)
+
+
+def test_a_graph_without_batches_of_one_shape_is_refused_with_the_reason(toy, monkeypatch):
+    chosen = KernelsSettings(attention="padded", cuda_graph=True, loss="plain", residual="plain")
+    notices = ["the attention kernel packed is not used: it hurts", "the fused loss is not used: x"]
+    monkeypatch.setattr(resolution, "choose_kernels", lambda *_: (chosen, notices))
+    with pytest.raises(UserError) as caught:
+        make_ready(
+            toy(precision="fp32", kernels__cuda_graph=True), replace(alone("cpu"), device=GPU)
+        )
+    assert str(caught.value) == (
+        "kernels.cuda_graph true needs batches of one shape: kernels.attention packed or varlen "
+        "(the attention kernel packed is not used: it hurts); or leave it out"
+    )
