@@ -9,7 +9,7 @@ from dtrain.batch import PAD_ID, Batch
 from dtrain.model.transformer import Transformer
 
 # Logits held at once: on the CPU about what a cache takes, on a GPU what keeps it busy.
-_CPU_SLICE, _GPU_SLICE = 2**22, 2**26
+_CPU_SLICE, _GPU_SLICE = 2**23, 2**26
 
 
 class Objective(nn.Module):
@@ -41,7 +41,8 @@ def smoothed_cross_entropy(
 
     With logits z = weight @ hidden and smoothing e the loss of a token y is
     logsumexp(z) - (1 - e) z[y] - e mean(z): the right token's share is 1 - e, and e is spread over
-    the whole vocabulary (Szegedy et al. 2015, https://arxiv.org/abs/1512.00567, 7).
+    the whole vocabulary (Szegedy et al. 2015, https://arxiv.org/abs/1512.00567, 7). Since mean(z)
+    is the product of the state and the matrix's mean row, its sum takes no pass over logits.
 
     Args:
         hidden: the decoder's states, [..., hidden].
@@ -55,14 +56,20 @@ def smoothed_cross_entropy(
         without smoothing), which has no gradient.
     """
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    states, ids = hidden.flatten(0, -2), target.flatten()
     loss, nll = _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's own
-        hidden.flatten(0, -2), weight, target.flatten(), label_smoothing, with_gradient, fused
+        states, weight, ids, label_smoothing, with_gradient, fused
     )
-    return loss, nll
+    counted = (states * (ids != PAD_ID)[:, None]).sum(0, dtype=loss.dtype)
+    mean_row = weight.mean(0, dtype=loss.dtype)
+    return loss - label_smoothing * (counted * mean_row).sum(), nll
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Goes over slices of tokens; each slice's gradients are taken while its logits are there."""
+    """Sums logsumexp(z) - (1 - e) z[y], over slices of tokens.
+
+    The gradients of a slice are taken while its logits are there.
+    """
 
     @staticmethod
     def forward(
@@ -83,17 +90,20 @@ class _CrossEntropy(torch.autograd.Function):
         nll = torch.zeros_like(loss)
         gradients = (torch.empty_like(hidden), torch.zeros_like(weight)) if with_gradient else ()
         num_rows = max(1, (_CPU_SLICE if device == "cpu" else _GPU_SLICE) // len(weight))
-        take = _fused_slice if fused else _plain_slice
+        logits = states.new_empty(min(num_rows, len(states)), len(weight))
+        compare = _compare_fused if fused else _compare
         with torch.autocast(device, enabled=False):
             for start in range(0, len(target), num_rows):
                 part = slice(start, start + num_rows)
-                slices = states[part], target[part, None], counts[part, None]
-                part_loss, part_nll, *products = take(matrix, *slices, smoothing, with_gradient)
-                loss += part_loss
-                nll += part_nll
+                h, count = states[part], counts[part]
+                z = torch.mm(h, matrix.T, out=logits[: len(h)])
+                losses, nlls, difference = compare(z, target[part], smoothing, with_gradient)
+                loss += (losses * count).sum()
+                nll += (nlls * count).sum()
                 if gradients:
-                    gradients[0][part] = products[0]
-                    gradients[1].add_(products[1])
+                    share = (count[:, None] / _boost(dtype)).to(dtype)
+                    gradients[0][part] = difference @ matrix * share
+                    gradients[1].add_(difference.T @ (h * share))
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(nll)
         return loss, nll
@@ -106,57 +116,37 @@ class _CrossEntropy(torch.autograd.Function):
         return hidden_grad * loss_grad, weight_grad * loss_grad, None, None, None, None
 
 
-def _plain_slice(
-    matrix: Tensor, h: Tensor, y: Tensor, count: Tensor, smoothing: float, with_gradient: bool
-) -> tuple[Tensor, ...]:
-    """Give a slice's loss and nll, and its gradients for states [rows, hidden] and matrix."""
-    logits = h @ matrix.T
-    log_p = logits.to(torch.promote_types(h.dtype, torch.float32)).log_softmax(1)
-    nll = -(log_p.gather(1, y) * count).sum()
-    loss = (1 - smoothing) * nll
-    if smoothing:
-        loss -= smoothing * (log_p.mean(1, keepdim=True) * count).sum()
-    if not with_gradient:
-        return loss, nll
-    return loss, nll, *_slice_gradients(log_p, h, matrix, y, count, smoothing)
+def _compare(
+    logits: Tensor, target: Tensor, smoothing: float, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each row's loss and nll, and the gradient of the logits, which are consumed.
+
+    The gradient, probabilities minus 1 - e for the right token, is that of a boosted loss.
+    """
+    z, y = logits.to(torch.promote_types(logits.dtype, torch.float32)), target[:, None]
+    right, highest = z.gather(1, y), z.amax(1, keepdim=True)
+    # In place, and without another pass for logsumexp: the largest probability tells it.
+    p = torch.softmax(z, 1, out=z)
+    log_sum = highest - p.amax(1, keepdim=True).log()
+    if with_gradient:
+        p.scatter_add_(1, y, p.new_full(y.shape, smoothing - 1))
+        if _boost(logits.dtype) != 1:
+            p.mul_(_boost(logits.dtype))
+    loss, nll = log_sum - (1 - smoothing) * right, log_sum - right
+    return loss.squeeze(1), nll.squeeze(1), p.to(logits.dtype)
 
 
-def _fused_slice(
-    matrix: Tensor, h: Tensor, y: Tensor, count: Tensor, smoothing: float, with_gradient: bool
-) -> tuple[Tensor, ...]:
-    """Give what _plain_slice gives."""
+def _compare_fused(
+    logits: Tensor, target: Tensor, smoothing: float, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give what _compare gives."""
     # Imported where it is used: it needs Triton, which not every machine has.
     from dtrain.kernels.cross_entropy import cross_entropy
 
-    logits, boost = h @ matrix.T, _boost(h.dtype)
-    loss, nll = cross_entropy(logits, y.squeeze(1), smoothing, boost, with_gradient)
-    if not with_gradient:
-        return loss.sum(), nll.sum()
-    return loss.sum(), nll.sum(), *_products(logits, h, matrix, count)
+    loss, nll = cross_entropy(logits, target, smoothing, _boost(logits.dtype), with_gradient)
+    return loss, nll, logits
 
 
 def _boost(dtype: torch.dtype) -> float:
     # fp16 cannot hold the smallest probabilities; a power of two in between changes no other bit.
     return 64.0 if dtype == torch.float16 else 1.0
-
-
-def _slice_gradients(
-    log_p: Tensor, h: Tensor, matrix: Tensor, y: Tensor, count: Tensor, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of a slice's loss for its states [rows, hidden] and for the matrix.
-
-    They are probabilities minus the smoothed target, times the other factor. `log_p` is consumed.
-    """
-    boost = _boost(h.dtype)
-    difference = log_p.exp_().sub_(smoothing / log_p.shape[1])
-    difference.scatter_add_(1, y, difference.new_full(y.shape, smoothing - 1))
-    if boost != 1:
-        difference.mul_(boost)
-    return _products(difference.to(h.dtype), h, matrix, count)
-
-
-def _products(
-    difference: Tensor, h: Tensor, matrix: Tensor, count: Tensor
-) -> tuple[Tensor, Tensor]:
-    share = (count / _boost(h.dtype)).to(h.dtype)
-    return difference @ matrix * share, difference.T @ (h * share)

@@ -7,6 +7,7 @@ import torch
 from torch_twins import DTYPES, TOLERANCE, shaken, tokens_of, twin_attention, unpacked
 
 from dtrain.batch import Layout
+from dtrain.kernels import attention
 from dtrain.kernels.attention import attend, attend_to_self, to_cells, to_slots
 from dtrain.model.attention import MultiHeadAttention
 
@@ -30,6 +31,13 @@ def attend_sentence_by_sentence(q, k, v, query_lengths, key_lengths, causal):
     return torch.cat(rows)
 
 
+@pytest.fixture(params=[0, attention._SHORT], ids=["torchs-kernel", "products"])
+def _ways(request, monkeypatch):
+    """Both ways in which rectangles attend on the CPU."""
+    monkeypatch.setattr(attention, "_SHORT", request.param)
+
+
+@pytest.mark.usefixtures("_ways")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attend_equals_a_loop_over_sentences(dtype):
     torch.manual_seed(0)
@@ -50,6 +58,7 @@ def test_attend_equals_a_loop_over_sentences(dtype):
         torch.testing.assert_close(a, b, atol=TOLERANCE[dtype], rtol=0)
 
 
+@pytest.mark.usefixtures("_ways")
 @pytest.mark.parametrize("causal", [False, True])
 def test_attend_to_self_equals_the_loop(causal):
     torch.manual_seed(0)

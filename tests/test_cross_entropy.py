@@ -26,10 +26,14 @@ def random_problem(size, dtype=torch.float32, spread=4.0):
 
 
 def reference(logits, target, smoothing):
-    """Each row's loss and nll, and the gradient of the loss's sum; float64."""
+    """Each row's loss and nll, and the gradient of the loss's sum; float64.
+
+    The loss is that of label smoothing without the mean of the logits, times `smoothing`.
+    """
     exact = logits.double().requires_grad_()
     options = {"ignore_index": PAD_ID, "reduction": "none"}
-    loss = F.cross_entropy(exact, target, label_smoothing=smoothing, **options)
+    whole = F.cross_entropy(exact, target, label_smoothing=smoothing, **options)
+    loss = whole + smoothing * exact.mean(1) * (target != PAD_ID)
     (gradient,) = torch.autograd.grad(loss.sum(), exact)
     return loss.detach(), F.cross_entropy(exact.detach(), target, **options), gradient
 

@@ -2,9 +2,10 @@
 
 The layout says which kernel attends:
 
-- `padded`: torch's own, after packed tokens [slots] are gathered into the cells of rectangles, one
-  row a sentence; then they are brought back. Both ways are gathers, forward and backward: a
-  scatter-add would be slow on the CPU and, on a GPU, add up in a different order each time.
+- `padded`: torch's own, or for short sentences on the CPU batched products, after packed tokens
+  [slots] are gathered into the cells of rectangles, one row a sentence; then they are brought back.
+  Both ways are gathers, forward and backward: a scatter-add would be slow on the CPU and, on a GPU,
+  add up in a different order each time.
 - `varlen`: torch's flash attention for variable lengths, for GPUs.
 - `packed`: `packed_attention.py`, for GPUs and short sentences.
 
@@ -18,7 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.batch import Layout
+from dtrain.batch import Layout, future_mask
+from dtrain.kernels.dropout import dropout as drop
+
+_SHORT = 64
+"""Keys up to which batched products beat torch's kernel on a CPU, whose blocks are longer."""
 
 
 def attend(
@@ -148,7 +153,22 @@ def scaled_dot_product(
         [N, query, heads, qkv].
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    # A compiler would have to be told of each length.
+    if q.is_cpu and k.shape[2] <= _SHORT and not torch.compiler.is_compiling():
+        return _batched_products(q, k, v, mask, causal, dropout).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2)
+
+
+def _batched_products(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
+) -> Tensor:
+    """Attend as the formula is written, [N, heads, query or key, qkv]; keeps all weights."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if causal:
+        mask = future_mask(k.shape[2])
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    return drop(scores.softmax(-1), dropout, training=True) @ v
 
 
 def key_mask(layout: Layout) -> Tensor:

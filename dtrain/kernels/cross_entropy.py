@@ -1,4 +1,4 @@
-"""Label-smoothed cross-entropy over rows of logits that become their gradients, in Triton.
+"""Cross-entropy over rows of logits that become their gradients, in Triton.
 
 The product writes the logits; this kernel reads them twice, the second time mostly from cache, and
 writes the gradient over them; the two products of backward read it: 6 passes over a row of 16-bit
@@ -27,13 +27,14 @@ _BLOCK = 4096  # logits of a row that its program holds at once
 def cross_entropy(
     logits: Tensor, target: Tensor, smoothing: float, scale: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Give each row's loss, and put its gradient in the place of its logits.
+    """Give each row's logsumexp(z) - (1 - e) z[target], and put its gradient in the logits' place.
 
     Args:
         logits: [rows, vocabulary] of any floating type, each row's side by side; replaced by the
             gradient of the loss, times `scale`, in the same type.
         target: ids, int64 [rows]; where it is PAD_ID loss and gradient are zero.
-        smoothing: share of the target that is spread over the vocabulary, in [0, 1).
+        smoothing: e, the share of the target that is spread over the vocabulary, in [0, 1); what it
+            adds to the loss needs no logits, so it is left to the caller.
         scale: of the gradient: fp16 cannot hold the smallest probabilities.
         with_gradient: leave the logits as they are if not.
 
@@ -78,10 +79,9 @@ def _kernel(
     start_row = logits + row * stride
     wanted = tl.load(target + row)
     columns = tl.arange(0, block)
-    # The largest logit so far, and the sum of exp(logit - largest); from there sums of logits.
+    # The largest logit so far, and the sum of exp(logit - largest).
     largest = float("-inf")
     exponentials = 0.0
-    total = tl.zeros([block], tl.float32)
     right = tl.zeros([block], tl.float32)
     for start in range(0, width, block):
         inside = start + columns < width
@@ -89,19 +89,19 @@ def _kernel(
         before = largest
         largest = tl.maximum(before, tl.max(z, 0))
         exponentials = exponentials * tl.exp(before - largest) + tl.sum(tl.exp(z - largest), 0)
-        total += tl.where(inside, z, 0.0)
         # Picked here and not read from its place: another thread might have written there already.
         right += tl.where(start + columns == wanted, z, 0.0)
     log_sum = largest + tl.log(exponentials)
-    row_nll = log_sum - tl.sum(right, 0)
-    row_loss = (1.0 - smoothing) * row_nll + smoothing * (log_sum - tl.sum(total, 0) / width)
+    right_one = tl.sum(right, 0)
+    row_nll = log_sum - right_one
+    row_loss = log_sum - (1.0 - smoothing) * right_one
     tl.store(nll + row, tl.where(wanted == pad, 0.0, row_nll))
     tl.store(loss + row, tl.where(wanted == pad, 0.0, row_loss))
     if with_gradient:
         for start in range(0, width, block):
             inside = start + columns < width
             z = tl.load(start_row + start + columns, mask=inside, other=0.0).to(tl.float32)
-            gradient = tl.exp(z - log_sum) - smoothing / width
+            gradient = tl.exp(z - log_sum)
             gradient -= tl.where(start + columns == wanted, 1.0 - smoothing, 0.0)
             gradient = tl.where(wanted == pad, 0.0, gradient * scale)
             tl.store(start_row + start + columns, gradient.to(logits.dtype.element_ty), mask=inside)
