@@ -7,8 +7,9 @@ import torch
 from torch_twins import DTYPES, TOLERANCE, shaken, tokens_of, twin_attention, unpacked
 
 from dtrain.batch import Layout
-from dtrain.kernels import attention
-from dtrain.kernels.attention import attend, attend_to_self, to_cells, to_slots
+from dtrain.kernels import short_attention
+from dtrain.kernels.attention import attend, attend_to_self
+from dtrain.kernels.cells import to_cells
 from dtrain.model.attention import MultiHeadAttention
 
 QUERY_LENGTHS, KEY_LENGTHS = np.array([3, 7, 1, 4]), np.array([6, 2, 5, 1])
@@ -31,10 +32,10 @@ def attend_sentence_by_sentence(q, k, v, query_lengths, key_lengths, causal):
     return torch.cat(rows)
 
 
-@pytest.fixture(params=[0, attention._SHORT], ids=["torchs-kernel", "products"])
+@pytest.fixture(params=[0, short_attention.LONGEST], ids=["torchs-kernel", "products"])
 def _ways(request, monkeypatch):
     """Both ways in which rectangles attend on the CPU."""
-    monkeypatch.setattr(attention, "_SHORT", request.param)
+    monkeypatch.setattr(short_attention, "LONGEST", request.param)
 
 
 @pytest.mark.usefixtures("_ways")
@@ -159,22 +160,6 @@ def test_slack_is_finite_and_has_no_gradient_whatever_arrives_there():
         (gradient,) = torch.autograd.grad(out, qkv, torch.full_like(out, 1e6))
         assert gradient.isfinite().all()
         assert gradient[5:].abs().max() == 0
-
-
-def test_gradients_of_the_gathers_are_exact():
-    layout = Layout.packed(np.array([3, 1, 2]), 8, groups=[np.array([1]), np.array([2, 0])])
-    assert layout.rectangles == ((1, 1), (2, 3))
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    def tokens(rectangles: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([cells.flatten(0, 1) for cells in rectangles])[layout.mask]
-
-    slots, cells = random(8, 2), (random(1, 1, 2), random(2, 3, 2))
-    assert torch.autograd.gradcheck(lambda x: tokens(to_cells(x, layout)), slots)
-    assert torch.autograd.gradcheck(lambda *x: to_slots(x, layout)[layout.token_mask], cells)
-    torch.testing.assert_close(to_slots(to_cells(slots, layout), layout)[:6], slots[:6])
 
 
 def test_sentences_without_tokens_disturb_nobody():

@@ -2,28 +2,22 @@
 
 The layout says which kernel attends:
 
-- `padded`: torch's own, or for short sentences on the CPU batched products, after packed tokens
-  [slots] are gathered into the cells of rectangles, one row a sentence; then they are brought back.
-  Both ways are gathers, forward and backward: a scatter-add would be slow on the CPU and, on a GPU,
-  add up in a different order each time.
+- `padded`: torch's own, after packed tokens [slots] are gathered into the cells of rectangles, one
+  row a sentence; then they are brought back. On the CPU `short_attention.py` takes its place while
+  sentences are short.
 - `varlen`: torch's flash attention for variable lengths, for GPUs.
 - `packed`: `packed_attention.py`, for GPUs and short sentences.
 
 `padded` runs everywhere, and is what the others are tested against.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dtrain.batch import Layout, future_mask
-from dtrain.kernels.dropout import dropout as drop
-
-_SHORT = 64
-"""Keys up to which batched products beat torch's kernel on a CPU, whose blocks are longer."""
+from dtrain.kernels.cells import gather_cells, gather_slots, rectangles, to_cells, to_slots
+from dtrain.kernels.short_attention import can_attend, short_attention
 
 
 def attend(
@@ -50,7 +44,12 @@ def attend(
     if query_layout.kernel == "varlen":
         k, v = _silenced(kv, key_layout).unbind(1)
         return _varlen(_silenced(q, query_layout), k, v, query_layout, key_layout, False, dropout)
-    parts = to_cells(q, query_layout), to_cells(kv, key_layout), key_masks(key_layout)
+    masks = key_masks(key_layout)
+    if can_attend(q, (query_layout, key_layout), dropout):
+        sides = gather_cells(q, query_layout), gather_cells(kv, key_layout)
+        cells = short_attention(*sides, query_layout, key_layout, masks)
+        return gather_slots(cells, query_layout)
+    parts = to_cells(q, query_layout), to_cells(kv, key_layout), masks
     heads: list[Tensor] = []  # dynamo cannot trace list[Tensor]()
     for queries, cells, mask in zip(*parts, strict=True):
         k, v = cells.unbind(2)
@@ -77,6 +76,11 @@ def attend_to_self(
     if layout.kernel == "varlen":
         q, k, v = _silenced(qkv, layout).unbind(1)
         return _varlen(q, k, v, layout, layout, causal, dropout)
+    if can_attend(qkv, (layout,), dropout):
+        widths = (columns for _, columns in layout.rectangles)
+        masks = [future_mask(width) for width in widths] if causal else key_masks(layout)
+        cells = short_attention(gather_cells(qkv, layout), None, layout, layout, masks)
+        return gather_slots(cells, layout)
     heads: list[Tensor] = []  # dynamo cannot trace list[Tensor]()
     for cells, mask in zip(to_cells(qkv, layout), key_masks(layout), strict=True):
         q, k, v = cells.unbind(2)
@@ -153,22 +157,7 @@ def scaled_dot_product(
         [N, query, heads, qkv].
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    # A compiler would have to be told of each length.
-    if q.is_cpu and k.shape[2] <= _SHORT and not torch.compiler.is_compiling():
-        return _batched_products(q, k, v, mask, causal, dropout).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2)
-
-
-def _batched_products(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
-) -> Tensor:
-    """Attend as the formula is written, [N, heads, query or key, qkv]; keeps all weights."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if causal:
-        mask = future_mask(k.shape[2])
-    if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
-    return drop(scores.softmax(-1), dropout, training=True) @ v
 
 
 def key_mask(layout: Layout) -> Tensor:
@@ -184,7 +173,7 @@ def key_masks(layout: Layout) -> list[Tensor]:
     """Give the key_mask of each rectangle."""
     if layout.slot_of_cell is None or layout.mask is None:
         return [key_mask(layout)]
-    return [_seeing_something(mask) for mask in _rectangles(layout.mask, layout)]
+    return [_seeing_something(mask) for mask in rectangles(layout.mask, layout)]
 
 
 def _seeing_something(mask: Tensor) -> Tensor:
@@ -194,51 +183,3 @@ def _seeing_something(mask: Tensor) -> Tensor:
     """
     is_first = torch.arange(mask.shape[1], device=mask.device) == 0
     return (mask | is_first)[:, None, None]
-
-
-def to_cells(x: Tensor, layout: Layout) -> list[Tensor]:
-    """Give each sentence a row: [slots, ...] -> rectangles [rows, columns, ...]; padded `x` stays.
-
-    Empty cells repeat some token; to_slots gives them no gradient, so they leave no trace.
-    """
-    if layout.slot_of_cell is None:
-        return [x]
-    cells = _gather(x, layout.slot_of_cell, layout.cell_of_slot, layout.token_mask)
-    return _rectangles(cells, layout)
-
-
-def to_slots(rectangles: list[Tensor], layout: Layout) -> Tensor:
-    """Undo to_cells: -> [slots, ...]; the padded one stays. Slack repeats some token."""
-    if layout.cell_of_slot is None:
-        return rectangles[0]
-    cells = torch.cat([rectangle.flatten(0, 1) for rectangle in rectangles])
-    return _gather(cells, layout.cell_of_slot, layout.slot_of_cell, layout.mask)
-
-
-def _rectangles(cells: Tensor, layout: Layout) -> list[Tensor]:
-    """[cells, ...] -> [rows, columns, ...] of each rectangle."""
-    parts = cells.split_with_sizes([rows * columns for rows, columns in layout.rectangles])
-    shapes = layout.rectangles
-    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-class _Gather(torch.autograd.Function):
-    """Takes rows: x[index]. Each row that counts is taken once, so its gradient is a gather too.
-
-    `inverse` says where in the output each row of `x` went, `counts` which rows went anywhere:
-    to slack and padding, and from them, no gradient flows.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse, counts)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        inverse, counts = ctx.saved_tensors
-        rows = grad.index_select(0, inverse)
-        return rows.mul_(counts.view(-1, *[1] * (rows.dim() - 1))), None, None, None
-
-
-_gather: Callable[..., Tensor] = _Gather.apply
