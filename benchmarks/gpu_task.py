@@ -82,7 +82,7 @@ class Task:
         """Choose from MODELS."""
         return MODELS["tiny" if self.is_tiny else name]
 
-    def kernels(self, wanted: dict[str, Any], **others: bool) -> dict[str, Any]:
+    def kernels(self, wanted: dict[str, Any], **others: Any) -> dict[str, Any]:
         """Give settings of kernels; without a GPU the plain ones, and no recording."""
         others = {"compile": False, "cuda_graph": False} | others
         if self.device == "cuda":

@@ -42,6 +42,9 @@ EAGER = (
     Way("eager, padded", PLAIN, prediction="A"),
     Way("eager, fused", FUSED),
     Way("recorded, fused", FUSED, {"cuda_graph": True}),
+    Way(
+        "recorded, fused, joined memory", FUSED, {"cuda_graph": True, "memory_projection": "joined"}
+    ),
     Way("recorded, fused, not deterministic", FUSED, {"cuda_graph": True}, deterministic=False),
 )
 

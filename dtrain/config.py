@@ -139,6 +139,9 @@ class KernelsSettings(_Section):
     loss: Literal["auto", "plain", "fused"] = Field(
         "auto", description="fused: cross-entropy by Triton; auto: if it is right on the GPU"
     )
+    memory_projection: Literal["separate", "joined"] = Field(
+        "separate", description="joined: all layers' keys and values of the source in one product"
+    )
     residual: Literal["auto", "plain", "fused"] = Field(
         "auto", description="fused: dropout, sum and norm by Triton; auto: if right on the GPU"
     )

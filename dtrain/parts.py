@@ -32,6 +32,7 @@ def build_model(config: Config, vocabulary: Vocabulary) -> Transformer:
     for module in model.modules():
         if isinstance(module, Residual):
             module.fused = config.kernels.residual == "fused"
+    model.decoder.joins_memory = config.kernels.memory_projection == "joined"
     return model
 
 

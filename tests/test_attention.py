@@ -210,7 +210,7 @@ def test_attention_to_memory_equals_torch(dtype):
     x, memory = torch.randn(4, 7, 16, dtype=dtype), torch.randn(4, 6, 16, dtype=dtype)
     twin, _ = twin_attention(ours)(x, memory, memory, key_padding_mask=~memory_layout.mask)
     torch.testing.assert_close(
-        tokens_of(ours(x, layout, memory, memory_layout), layout),
+        tokens_of(ours(x, layout, ours.project_memory(memory), memory_layout), layout),
         tokens_of(twin, layout),
         atol=TOLERANCE[dtype],
         rtol=0,

@@ -15,6 +15,7 @@ def test_a_block_equals_torchs_layer(norm, dtype):
     torch.manual_seed(0)
     ours = shaken(DecoderBlock(tiny_settings(norm=norm)).to(dtype))
     x, memory = torch.randn(3, 7, 16, dtype=dtype), torch.randn(3, 5, 16, dtype=dtype)
+    memory_kv = ours.memory_attention.project_memory(memory)
     twin = twin_decoder_layer(ours)(
         x,
         memory,
@@ -22,11 +23,28 @@ def test_a_block_equals_torchs_layer(norm, dtype):
         memory_key_padding_mask=~MEMORY_LAYOUT.mask,
     )
     torch.testing.assert_close(
-        tokens_of(ours(x, LAYOUT, memory, MEMORY_LAYOUT), LAYOUT),
+        tokens_of(ours(x, LAYOUT, memory_kv, MEMORY_LAYOUT), LAYOUT),
         tokens_of(twin, LAYOUT),
         atol=TOLERANCE[dtype],
         rtol=0,
     )
+
+
+def test_one_product_for_the_memory_of_all_layers_changes_no_result():
+    """Against one product a layer, and one sentence after the other, in float64."""
+    torch.manual_seed(0)
+    decoder = shaken(TransformerDecoder(tiny_settings(num_decoder_layers=3), 20).double())
+    ids, memory = torch.randint(4, 20, (3, 7)), torch.randn(3, 5, 16, dtype=torch.float64)
+    inputs = [memory.requires_grad_(), *decoder.parameters()]
+    results = []
+    for decoder.joins_memory in (False, True):
+        out = tokens_of(decoder(ids, LAYOUT, memory, MEMORY_LAYOUT), LAYOUT)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append(
+            [out, *torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True)]
+        )
+    assert results[0][1].abs().max() > 0
+    torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])

@@ -191,7 +191,7 @@ def test_it_compiles_in_one_piece_for_all_batches():
 
     def both(layout, memory_layout):
         y = module(x, layout, causal=True)
-        return module(y, layout, memory, memory_layout)
+        return module(y, layout, module.project_memory(memory), memory_layout)
 
     count = CompileCounterWithBackend("inductor" if DEVICE.type == "cuda" else "aot_eager")
     compiled = torch.compile(both, backend=count, fullgraph=True)
@@ -212,14 +212,18 @@ def test_a_training_is_the_same_as_in_rectangles(toy, monkeypatch):
     monkeypatch.setattr(attention_choice, "why_not", lambda *_: "")  # on the CPU, and in fp32
     monkeypatch.setattr(attention_choice, "what_is_wrong", lambda *_: "")
     losses = {}
-    for kernel in ("padded", "packed"):
+    for kernel, projection in (("padded", "separate"), ("packed", "joined")):
         changes = {"run__max_steps": 2, "metrics__every_steps": 1, "validation__every_steps": 0}
         sizes = {"batch__tokens_per_step": 128, "batch__tokens_per_micro_batch": 64}
-        config = toy(kernel, kernels__attention=kernel, **changes, **sizes)
+        kernels = {"kernels__attention": kernel, "kernels__memory_projection": projection}
+        config = toy(kernel, **kernels, **changes, **sizes)
         run_world(1, train.run, config)
         lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses[kernel] = [json.loads(line)["train/loss"] for line in lines]
-        monkeypatch.setattr(attention, "to_cells", None)  # from now on there are no rectangles
+        # From now on there are no rectangles, and there is one product for the memory.
+        for module, name in ((attention, "gather_cells"), (attention, "to_cells")):
+            monkeypatch.setattr(module, name, None)
+        monkeypatch.setattr(MultiHeadAttention, "project_memory", None)
     assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-6)
 
 

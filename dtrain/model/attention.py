@@ -34,35 +34,38 @@ class MultiHeadAttention(nn.Module):
         self,
         x: Tensor,
         layout: Layout,
-        memory: Tensor | None = None,
+        memory_kv: Tensor | None = None,
         memory_layout: Layout | None = None,
         causal: bool = False,
     ) -> Tensor:
-        """Let each token of `x` gather from its sentence in `memory`, or from its own.
+        """Let each token of `x` gather from its sentence in the memory, or from its own.
 
         Args:
             x: asks the queries, [slots, hidden] or [N, L, hidden].
             layout: where the sentences of `x` lie.
-            memory: gives keys and values, likewise; `x` if None.
-            memory_layout: where the sentences of `memory` lie.
+            memory_kv: the memory's keys and values, from project_memory; those of `x` if None.
+            memory_layout: where the sentences of the memory lie.
             causal: no token of `x` sees a later one; only without memory.
 
         Returns:
             Like `x`.
         """
         dropout = self.dropout if self.training else 0.0
-        if memory is None or memory_layout is None:
+        if memory_kv is None or memory_layout is None:
             heads = attend_to_self(self._split(self.qkv_proj(x)), layout, causal, dropout)
         else:
-            kv = self.project_memory(memory)
-            heads = attend(self._project_query(x), kv, layout, memory_layout, dropout)
+            heads = attend(self._project_query(x), memory_kv, layout, memory_layout, dropout)
         return self.o_proj(heads.flatten(-2))
+
+    @property
+    def memory_projection(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias that give keys and values, [2 * heads * qkv, hidden] and its rows."""
+        width = self.num_heads * self.qkv_dim
+        return self.qkv_proj.weight[width:], self.qkv_proj.bias[width:]
 
     def project_memory(self, memory: Tensor) -> Tensor:
         """Give keys and values at once: [..., hidden] -> [..., 2, heads, qkv]."""
-        width = self.num_heads * self.qkv_dim
-        weight, bias = self.qkv_proj.weight[width:], self.qkv_proj.bias[width:]
-        return self._split(F.linear(memory, weight, bias))
+        return self._split(F.linear(memory, *self.memory_projection))
 
     def step(self, x: Tensor, past: Tensor, past_mask: Tensor | None) -> Tensor:
         """Attend from one new token of each rival to itself and those that it comes from.

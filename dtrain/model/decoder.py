@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dtrain.batch import Layout
 from dtrain.kernels.attention import key_mask
 from dtrain.kernels.dropout import dropout
+from dtrain.kernels.projection import project_jointly
 from dtrain.model.attention import MultiHeadAttention
 from dtrain.model.embedding import TokenEmbedding
 from dtrain.model.positional_encoding import PositionalEncoding
@@ -29,11 +30,13 @@ class DecoderBlock(nn.Module):
         self.feed_forward = FeedForward(settings.hidden_dim, settings.feed_forward_dim)
         self.feed_forward_residual = Residual(settings)
 
-    def forward(self, x: Tensor, layout: Layout, memory: Tensor, memory_layout: Layout) -> Tensor:
-        """[slots, hidden] or [N, T, hidden] -> the same shape; `memory` is likewise."""
+    def forward(
+        self, x: Tensor, layout: Layout, memory_kv: Tensor, memory_layout: Layout
+    ) -> Tensor:
+        """[slots, hidden] or [N, T, hidden] -> the same shape; `memory_kv` is this block's."""
         x = self.attention_residual(x, lambda x: self.attention(x, layout, causal=True))
         x = self.memory_attention_residual(
-            x, lambda x: self.memory_attention(x, layout, memory, memory_layout)
+            x, lambda x: self.memory_attention(x, layout, memory_kv, memory_layout)
         )
         return self.feed_forward_residual(x, self.feed_forward)
 
@@ -148,6 +151,7 @@ class TransformerDecoder(nn.Module):
         self.embedding = TokenEmbedding(vocabulary_size, settings.hidden_dim)
         self.positions = PositionalEncoding(settings.hidden_dim)
         self.dropout = settings.dropout
+        self.joins_memory = False  # put on from outside
         self.blocks = nn.ModuleList(
             DecoderBlock(settings) for _ in range(settings.num_decoder_layers)
         )
@@ -174,9 +178,20 @@ class TransformerDecoder(nn.Module):
         """
         x = self.positions(self.embedding(target_in), layout)
         x = dropout(x, self.dropout, self.training)
-        for block in self.blocks:
-            x = block(x, layout, memory, memory_layout)
+        joined = self._project_jointly(memory) if self.joins_memory else None
+        for i, block in enumerate(self._each_block()):
+            memory_kv = (
+                block.memory_attention.project_memory(memory) if joined is None else joined[i]
+            )
+            x = block(x, layout, memory_kv, memory_layout)
         return self.norm(x)
+
+    def _project_jointly(self, memory: Tensor) -> list[Tensor]:
+        """Give keys and values for each block: [..., hidden] -> [..., 2, heads, qkv] of each."""
+        attentions = [block.memory_attention for block in self._each_block()]
+        projections = [attention.memory_projection for attention in attentions]
+        heads = 2, attentions[0].num_heads, attentions[0].qkv_dim
+        return [kv.unflatten(-1, heads) for kv in project_jointly(memory, projections)]
 
     @property
     def output_weight(self) -> Tensor:
