@@ -127,11 +127,11 @@ def speed_row(task: Task, config: Config, ceiling: float) -> Row:
             torch.cuda.reset_peak_memory_stats()
         measured = train_for(training, steps, 1 if task.is_tiny else 100, 3)
         source, target = np.concatenate(measured.source), np.concatenate(measured.target)
-        used = training.utilisation.measure(source, target, measured.seconds)
-        peak = training.utilisation.peak
+        utilisation = training.account.utilisation
+        used = utilisation.measure(source, target, measured.seconds)
         return {
             "target tokens/s": int(target.sum()) / measured.seconds,
-            "MFU": share(1e12 * used["train/tflops"], peak),
+            "MFU": share(1e12 * used["train/tflops"], utilisation.peak),
             "of matmul rate": share(1e12 * used["train/tflops"], ceiling),
             "ms a step": 1000 * measured.seconds / measured.steps,
             "memory GiB": memory_gib(device),

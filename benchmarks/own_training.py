@@ -33,8 +33,8 @@ class LastLoss(Metrics):
 
 def steps(config: Config) -> Iterator[Step]:
     """Train with dtrain: its plan, loader, train step and metrics; counts all ranks together."""
-    with open_training(config) as (training, loader):
-        metrics = training.metrics = LastLoss()
+    metrics = LastLoss()
+    with open_training(config, metrics) as (training, loader):
         slots = training.plan.source_slots, training.plan.target_slots
         training.rehearse()
         for step in loader:

@@ -75,8 +75,15 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def open_training(config: Config) -> Iterator[tuple[Training, Loader]]:
-    """Open the trainer on one rank, with its loader, for a run that leaves nothing behind."""
+def open_training(
+    config: Config, metrics: Metrics | None = None
+) -> Iterator[tuple[Training, Loader]]:
+    """Open the trainer on one rank, with its loader, for a run that leaves nothing behind.
+
+    Args:
+        config: its settings.
+        metrics: told how steps went; by default nobody is.
+    """
     with (
         tempfile.TemporaryDirectory() as folder,
         StopSignal() as stop,
@@ -89,7 +96,8 @@ def open_training(config: Config) -> Iterator[tuple[Training, Loader]]:
         assert ready is not None, "stopped by a signal"
         heartbeat = claims.enter_context(watched(ready, world))
         training = Training(ready, world, stop, Deadline(None), heartbeat)
-        training.metrics = Metrics.silent()
+        training.metrics = metrics or Metrics.silent()
+        training.account = training.open_account()
         sampler = DistributedTokenSampler(training.plan, world.size, world.rank)
         on_gpu = world.device.type == "cuda"
         with Loader(sampler, training.data.train, training.progress.cursor, on_gpu) as loader:

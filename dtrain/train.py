@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
     START = parse_start(sys.argv[1:])
 
-import math
 import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from dtrain import checkpoint, fault
+from dtrain.account import Account
 from dtrain.config import Config
 from dtrain.cursors import CURSORS, Cursors
 from dtrain.data.loader import LoadedStep, Loader, collate
@@ -29,14 +29,9 @@ from dtrain.distributed import World, connect
 from dtrain.errors import GiveUpError, shown_to_user
 from dtrain.evaluation import CutShortError, validate
 from dtrain.heartbeat import Heartbeat
-from dtrain.learner import Learned, Learner
+from dtrain.learner import Learner
 from dtrain.metrics import Metrics
-from dtrain.parts import (
-    build_plan,
-    configure_torch,
-    memory_gib,
-)
-from dtrain.phases import Phases, measure
+from dtrain.parts import build_plan, configure_torch
 from dtrain.preemption import Deadline, StopSignal
 from dtrain.profiling import Profile
 from dtrain.progress import Progress
@@ -45,11 +40,9 @@ from dtrain.run_directory import RunDirectory, Status
 from dtrain.saver import Saver
 from dtrain.start import Ready, claimed, describe, identity
 from dtrain.supervision import watched
-from dtrain.utilisation import Utilisation
 from dtrain.weights import load_module
 
 NUM_SAMPLES = 5
-SKIPPED_IN_A_ROW = 10
 SECONDS_TO_NAME = 15
 CHECK_EVERY_STEPS = 100  # whether weights and moments are still the same on all ranks
 
@@ -93,16 +86,9 @@ class Training:
         configure_torch(config, world.device)
         self.learner = Learner(config, self.data.vocabulary, world)
         self.plan = build_plan(config, self.data)
-        self.phases = Phases(world.device)
-        self.phases.watch(self.learner.last_gradient)
-        self.utilisation = Utilisation(
-            config, self.data.vocabulary.target_size, self.learner.precision, world
-        )
         self.progress = self.restore()
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         self.saves_begun: dict[int, float] = {}
-        self.unsettled: tuple[Learned, float] | None = None  # with the time since which it ran
-        self.settled_at = 0.0
 
     def restore(self) -> Progress:
         """Go on from the checkpoint that rank 0 chose, or begin."""
@@ -136,6 +122,7 @@ class Training:
             self.open_saver() as self.saver,
             Loader(sampler, self.data.train, self.progress.cursor, on_gpu) as loader,
         ):
+            self.account = self.open_account()
             self.announce()
             stopping = False
             if self.validation_is_due():  # a stop came before it, and another may come now
@@ -151,7 +138,7 @@ class Training:
         cursors = self.open_cursors()
         with self.open_profile() as profile:
             waiting_since = time.perf_counter()
-            self.phases.wait_for_data()
+            self.account.phases.wait_for_data()
             for count, step in enumerate(loader):
                 self.train_step(step, waiting_since)
                 if count == 0:  # which may have compiled
@@ -164,7 +151,7 @@ class Training:
                 if self.after_step():
                     break
                 waiting_since = time.perf_counter()
-                self.phases.wait_for_data()
+                self.account.phases.wait_for_data()
 
     def rehearse(self) -> None:
         """Make sure that memory suffices, and that every start is alike, before the first step."""
@@ -179,54 +166,13 @@ class Training:
                 self.learner.record(empty.to(self.world.device))
 
     def train_step(self, step: LoadedStep, waiting_since: float) -> None:
-        """Learn from a step, count it, measure it.
-
-        A GPU works behind the program. So the step before is settled only when this one is on its
-        way, and the GPU never waits for the program to hear how a step went.
-        """
+        """Learn from a step, count it, measure it."""
         learned = self.learner.learn(self.progress.step + 1, step, self.at)
-        self.settle()
         self.progress.advance(step.plan)
-        self.unsettled = learned, waiting_since
         self.metrics.progress(self.progress.step, {"epoch": step.plan.epoch})
-        is_logged = self.is_due(self.config.metrics.every_steps)
-        if is_logged or not self.learner.runs_behind:
-            self.settle()
-        if is_logged:
-            self.log_step(learned)
-
-    def settle(self) -> None:
-        """Count how the step not settled yet went, if any; wait for the GPU to finish it."""
-        if self.unsettled is None:
-            return
-        (learned, waiting_since), self.unsettled = self.unsettled, None
-        updated, now = learned.updated, time.perf_counter()
-        seconds, self.settled_at = now - max(waiting_since, self.settled_at), now
-        self.phases.note_step(seconds)
-        self.progress.note_outcome(updated=updated, seconds=seconds)
-        if not updated:
-            self.report_skipped(learned)
-
-    def report_skipped(self, learned: Learned) -> None:
-        """Name the sentences of a step whose update was skipped; too many in a row end the run.
-
-        Raises:
-            GiveUpError: on all ranks, after SKIPPED_IN_A_ROW of them; in fp16 the loss scale must
-                be at its smallest besides, as it takes some such steps to find the right one.
-        """
-        losses = self.world.sum(learned.sums[:, 0].clone()).tolist()
-        at_fault = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        suspects = at_fault or range(len(losses))
-        micro_batches = {i: learned.plan.micro_batches[i] for i in suspects}
-        number, in_a_row = learned.number, self.progress.skipped_in_a_row
-        self.metrics.skipped(number, learned.norm, losses, micro_batches)
-        if in_a_row >= SKIPPED_IN_A_ROW and self.learner.scale_is_smallest:
-            raise GiveUpError(
-                f"the gradient was not finite for {in_a_row} steps in a row, up to step {number}; "
-                f"skipped.jsonl names their sentences, and `dtrain inspect "
-                f"{self.directory.path} --step {number}` shows where the numbers go wrong. A lower "
-                f"optimizer.learning_rate or a longer schedule.warmup_steps is the usual cure"
-            )
+        self.account.note(learned, waiting_since)
+        if self.is_due(self.config.metrics.every_steps):
+            self.account.write_down(learned)
 
     def after_step(self) -> bool:
         """Agree with all ranks, validate, save; says whether to leave."""
@@ -280,7 +226,7 @@ class Training:
     def at(self, point: str, step: int) -> None:
         """Show where this rank is."""
         self.heartbeat.at(step, point)
-        self.phases.at(point)
+        self.account.phases.at(point)
         fault.strike(point, step)
 
     def expect_quick_steps(self) -> None:
@@ -295,7 +241,7 @@ class Training:
     @contextmanager
     def patiently(self, phase: str) -> Iterator[None]:
         """Do something in which a rank may stand still for longer than in a step."""
-        self.settle()  # else its time would be counted to the step
+        self.account.settle()  # else its time would be counted to the step
         self.at(phase, self.progress.step)
         before = self.heartbeat.timeout
         self.heartbeat.timeout = max(before, self.config.distributed.first_step_timeout)
@@ -348,36 +294,6 @@ class Training:
         self.directory.write_status("running", step, None, f"saved {name}")
         self.metrics.message(f"saved {name}")
 
-    def log_step(self, learned: Learned) -> None:
-        """Measure this step, which is settled, over all ranks and write it down."""
-        plan, tokens = learned.plan, learned.plan.num_target_tokens
-        seconds = sum(self.phases.seconds().values())
-        # Summed without rounding, so that the order, and with it the number of ranks, is no matter.
-        columns = zip(*self.world.sum(learned.sums.clone()).tolist(), strict=True)
-        loss, nll = (math.fsum(column) / tokens for column in columns)
-        slots = len(plan.micro_batches) * (self.plan.source_slots + self.plan.target_slots)
-        ids, store = np.concatenate(plan.micro_batches), self.plan.lengths
-        lengths = store.source_lengths(ids), store.target_lengths(ids)
-        self.metrics.log(
-            self.progress.step,
-            {
-                "epoch": plan.epoch,
-                "tokens": self.progress.tokens,
-                "train/loss": loss,
-                "train/nll": nll,
-                "train/perplexity": math.exp(min(nll, 100.0)),
-                "train/learning_rate": self.learner.learning_rate(self.progress.step),
-                "train/grad_norm": learned.norm,
-                "train/skipped_updates": self.progress.skipped,
-                "train/pack_fill": (tokens + plan.num_source_tokens) / slots,
-                "train/tokens_per_second": tokens / seconds,
-                "train/step_seconds": seconds,
-                **self.utilisation.measure(*lengths, seconds),
-                **measure(self.phases, self.world),
-                "train/memory_gib": memory_gib(self.world.device),
-            },
-        )
-
     def end_reached(self) -> bool:
         """Whether the last step or epoch is done, or patience is lost."""
         limits, patience = self.config.run, self.config.validation.patience
@@ -399,6 +315,10 @@ class Training:
         steps = settings.run.max_steps, self.progress.step
         return Metrics.open(path, settings.wandb, settings.model_dump(), *steps)
 
+    def open_account(self) -> Account:
+        """Make what counts and measures the steps that are run."""
+        return Account(self.learner, self.plan, self.progress, self.metrics)
+
     def open_saver(self) -> AbstractContextManager[Saver | None]:
         """Make what writes checkpoints, on rank 0."""
         if not self.world.is_main:
@@ -417,9 +337,8 @@ class Training:
     def open_profile(self) -> Profile:
         """Make what looks into some of the steps."""
         settings, folder = self.config.run.profile, self.directory.path / "profile"
-        return Profile(
-            settings, folder, self.world, self.phases, self.patiently, self.metrics.message
-        )
+        phases, say = self.account.phases, self.metrics.message
+        return Profile(settings, folder, self.world, phases, self.patiently, say)
 
     def open_cursors(self) -> Cursors | None:
         """Make what notes where windows of the plan begin, on rank 0."""
@@ -438,7 +357,7 @@ class Training:
         what = describe(self.ready, self.data, self.world, self.learner.precision, num_parameters)
         place = f"from step {self.progress.step}" if self.progress.step else "from the beginning"
         where = f"run      {self.directory.path}, attempt {attempt}, {place}"
-        for line in [*self.ready.notices, *what, self.utilisation.describe(), where]:
+        for line in [*self.ready.notices, *what, self.account.utilisation.describe(), where]:
             self.metrics.message(line)
 
     def conclude(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from worlds import run_world
 
-from dtrain import profiling, train
+from dtrain import account, profiling, train
 from dtrain.config import Config
 from dtrain.distributed import World, alone, connect
 from dtrain.learner import Learner, Outcome
@@ -192,7 +192,7 @@ def train_and_note(config: Config, behind: bool) -> tuple[list[float], list[floa
         logged; and how many steps there were whenever a trace was written.
     """
     around, inside, written = list[float](), list[float](), list[int]()
-    really_note, really_measure, really_read = Phases.note_step, train.measure, Outcome.read
+    really_note, really_measure, really_read = Phases.note_step, account.measure, Outcome.read
 
     def note(self: Phases, seconds: float) -> None:
         around.append(seconds)
@@ -208,7 +208,7 @@ def train_and_note(config: Config, behind: bool) -> tuple[list[float], list[floa
         self.is_read = True
         return really_read(self)
 
-    Phases.note_step, train.measure = note, measure_both
+    Phases.note_step, account.measure = note, measure_both
     profiling._write_trace = lambda *_: written.append(len(around))
     if behind:
         Learner.runs_behind = True

@@ -1,7 +1,6 @@
 """The promises of a training run, end to end, on real ranks."""
 
 import json
-import math
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_account import run_with_nan
 from worlds import run_world
 
 from dtrain import fault, train
@@ -21,13 +21,10 @@ from dtrain.checkpoint import steps_saved
 from dtrain.config import Config
 from dtrain.data.loader import LoadedStep, collate
 from dtrain.data.plan import BatchPlan, Cursor, DistributedTokenSampler, PlannedStep
-from dtrain.data.preparation import prepared_directory
-from dtrain.data.store import PreparedData
 from dtrain.distributed import connect
-from dtrain.errors import GiveUpError, UserError
+from dtrain.errors import UserError
 from dtrain.learner import Learner
 from dtrain.loss import Objective
-from dtrain.parts import build_plan
 from dtrain.preemption import Deadline, StopSignal
 from dtrain.start import claimed
 from dtrain.supervision import watched
@@ -238,6 +235,7 @@ def gradients_of_a_step(config: Config) -> Gradients:
     """Run the first step as training does, and take the gradients instead of the update."""
     with training_on_rank(config) as training:
         training.metrics = train.Metrics.silent()
+        training.account = training.open_account()
         training.rehearse()
         learner = training.learner
         taken: Gradients = {}
@@ -494,105 +492,6 @@ def test_low_precision_keeps_weights_and_moments_in_fp32(toy, precision):
     assert (
         metrics_of(toy("stopped"))[-1]["train/loss"] < metrics_of(toy("stopped"))[0]["train/loss"]
     )
-
-
-def run_with_nan(config: Config, first: int, last: int) -> int:
-    """Train; in these steps the last rank's last micro-batch has a loss of nan."""
-    learn = Learner.learn
-
-    def spoilt(self, number, step, at):
-        if self.world.rank < self.world.size - 1 or not first <= number <= last:
-            return learn(self, number, step, at)
-        hook = self.reduction.objective.register_forward_hook(
-            lambda _module, _input, sums: (sums[0] * math.nan, sums[1])
-        )
-        try:
-            return learn(self, number, step, at)
-        finally:
-            hook.remove()
-
-    Learner.learn = spoilt
-    return train.run(config)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 3])
-def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(toy, size):
-    config = toy("run", checkpoint__every_steps=1, checkpoint__keep_last=9, run__max_steps=4)
-    run_world(size, run_with_nan, config, 3, 3)
-    saved = steps_saved(config.run_dir / "checkpoints")
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        fourth, third, second, _ = (load_file(path / file) for path in saved)
-        assert all(torch.equal(third[name], second[name]) for name in third)
-        assert any(not torch.equal(fourth[name], third[name]) for name in third)
-    lines = metrics_of(config)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert [line["train/skipped_updates"] for line in lines] == [0, 0, 1, 1]
-    assert [line["train/learning_rate"] for line in lines] == sorted(
-        {line["train/learning_rate"] for line in lines}
-    )
-
-
-def test_the_sentences_of_a_skipped_update_are_named(toy):
-    config = toy("run", run__max_steps=4)
-    run_world(2, run_with_nan, config, 3, 3)
-    (line,) = (config.run_dir / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
-    found = json.loads(line)
-    planned = next(islice(plan_of(config).steps(Cursor()), 2, None))
-    assert found["step"] == 3
-    assert [(m["index"], m["loss"]) for m in found["micro_batches"]] == [(2, "NaN"), (3, "NaN")]
-    for micro_batch in found["micro_batches"]:
-        assert micro_batch["sentences"] == planned.micro_batches[micro_batch["index"]].tolist()
-
-
-def run_behind_with_nan(config: Config, first: int, last: int) -> int:
-    Learner.runs_behind = True
-    return run_with_nan(config, first, last)
-
-
-@pytest.mark.slow
-def test_a_device_that_runs_behind_is_told_of_in_the_same_words(toy):
-    """Each step is settled when the next is on its way, but nothing is lost or put elsewhere."""
-    changes = {"metrics__every_steps": 3, "checkpoint__every_steps": 4, "run__max_steps": 6}
-    at_once, behind = (toy(name, **changes) for name in ("at_once", "behind"))
-    for config, task in ((at_once, run_with_nan), (behind, run_behind_with_nan)):
-        run_world(1, task, config, 4, 5)
-    assert metrics_of(at_once) == metrics_of(behind)
-    assert last_weights(at_once) == last_weights(behind)
-    for path in ("skipped.jsonl", "checkpoints/step-0000000004/state.json"):
-        texts = [
-            (config.run_dir / path).read_text(encoding="utf-8") for config in (at_once, behind)
-        ]
-        found = [re.sub(r'"train_seconds": [^,}]*', "", text) for text in texts]
-        assert found[0] == found[1]
-
-
-def plan_of(config: Config) -> BatchPlan:
-    return build_plan(config, PreparedData.open(prepared_directory(config.data, config.vocabulary)))
-
-
-def give_up(config: Config) -> str:
-    with pytest.raises(GiveUpError) as caught:
-        run_with_nan(config, 2, 99)
-    return str(caught.value)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_ten_updates_in_a_row_that_are_not_finite_end_the_run(toy, size):
-    config = toy("run", run__max_steps=40)
-    for message in run_world(size, give_up, config):
-        assert "for 10 steps in a row, up to step 11" in message
-    assert status_of(config)["status"] == "failed"
-    assert status_of(config)["exit_code"] == 1
-
-
-@pytest.mark.slow
-def test_fp16_may_look_for_its_scale_before_it_gives_up(toy):
-    """Halved from 2^16 to 1 it takes sixteen steps; only then ten are too many."""
-    config = toy("run", run__max_steps=60, precision="fp16")
-    (message,) = run_world(1, give_up, config)
-    assert "for 16 steps in a row" in message
 
 
 def scales_of(config: Config) -> list[float]:
