@@ -583,10 +583,10 @@ def test_it_learns_the_toy_language(toy):
         model__hidden_dim=64,
         model__dropout=0.0,
         schedule__warmup_steps=100,
-        optimizer__learning_rate=1.5,
+        optimizer__learning_rate=0.7,
         validation__every_steps=500,
         validation__beam_size=2,
         metrics__every_steps=50,
     )
     run_world(2, run, config, timeout=240)
-    assert metrics_of(config)[-1]["validation/bleu"] > 50  # 65 here; untrained it is under 5
+    assert metrics_of(config)[-1]["validation/bleu"] > 50  # 86 here; untrained it is under 5
