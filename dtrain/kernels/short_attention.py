@@ -21,7 +21,13 @@ LONGEST = 64
 
 
 def can_attend(x: Tensor, layouts: Sequence[Layout], dropout: float) -> bool:
-    """Say whether this kernel can attend to such sentences, and does it well."""
+    """Say whether this kernel can attend, and does it well.
+
+    Args:
+        x: queries, with or without keys and values.
+        layouts: of queries and keys.
+        dropout: probability of dropping an attention weight.
+    """
     return (
         x.dtype in (torch.float32, torch.float64)
         and x.is_cpu
