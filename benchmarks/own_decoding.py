@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.peers.translating import Sentence, Task, translated
 from benchmarks.peers.turns import Turns
+from dtrain.memory import keep_freed_memory
 from dtrain.parts import trained_model
 from dtrain.search import search
 
@@ -21,6 +22,7 @@ def main(name: str, folder: Path, run: Path, checkpoint: str, length_penalty: fl
     turns = Turns()
     task = Task.read(folder)
     torch.set_num_threads(task.threads)
+    keep_freed_memory()
     model = trained_model(run, checkpoint)[0]
 
     def translate(batch: list[Sentence]) -> list[Sentence]:

@@ -1,5 +1,6 @@
-"""Memory of a CPU: how much a process may still take, and how much a piece of work would."""
+"""Memory of a CPU: what a process may still take, what a piece of work would, what is kept."""
 
+import ctypes
 import resource
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path("/")
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 GROUPS = {
     "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
@@ -41,6 +44,19 @@ def free_memory(num_processes: int, root: Path = ROOT) -> int:
         return max(0, shared)
     pages = int((root / "proc/self/statm").read_text(encoding="ascii").split()[0])
     return max(0, min(shared, limit - pages * resource.getpagesize()))
+
+
+def keep_freed_memory() -> None:
+    """From now on, let freed memory wait for the next tensor instead of going back to the kernel.
+
+    Steps are alike, so what one frees the next one asks for. The kernel would hand it out page by
+    page, zeroed: 0.2 microseconds each on bare metal, often ten times as much in a virtual machine.
+    Nothing but glibc has these switches; elsewhere nothing happens.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_TRIM_THRESHOLD, -1)  # never give back what lies at the end
+        set_option(M_MMAP_MAX, 0)  # no tensor gets a mapping of its own, which ends with it
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

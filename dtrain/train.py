@@ -30,6 +30,7 @@ from dtrain.errors import GiveUpError, shown_to_user
 from dtrain.evaluation import CutShortError, validate
 from dtrain.heartbeat import Heartbeat
 from dtrain.learner import Learner
+from dtrain.memory import keep_freed_memory
 from dtrain.metrics import Metrics
 from dtrain.parts import build_plan, configure_torch
 from dtrain.preemption import Deadline, StopSignal
@@ -164,6 +165,7 @@ class Training:
             advice = "set batch.tokens_per_micro_batch lower or leave kernels.cuda_graph out"
             with enough_memory("a step recorded as CUDA graphs", self.world, advice):
                 self.learner.record(empty.to(self.world.device))
+        keep_freed_memory()
 
     def train_step(self, step: LoadedStep, waiting_since: float) -> None:
         """Learn from a step, count it, measure it."""

@@ -14,7 +14,7 @@ from worlds import run_world
 
 from dtrain.batch import Batch
 from dtrain.loss import Objective
-from dtrain.memory import free_memory, peak_bytes
+from dtrain.memory import free_memory, keep_freed_memory, peak_bytes
 from dtrain.model.settings import ModelSettings
 from dtrain.model.transformer import Transformer
 
@@ -117,6 +117,33 @@ def test_what_backward_keeps_and_makes_is_counted():
 
     assert 4000 + 4000 < peak_bytes(work) <= 4000 + 4 + 4 + 4000 + 4000
     assert weight.grad is not None
+
+
+def faults_of_steps() -> int:
+    """Count the pages that the kernel hands out while 64 MiB are taken and freed ten times."""
+    torch.zeros(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def faults_without_and_with() -> tuple[int, int]:
+    ctypes.CDLL(None).mallopt(-4, 65536)  # M_MMAP_MAX as it is before anybody changes it
+    without = faults_of_steps()
+    keep_freed_memory()
+    return without, faults_of_steps()
+
+
+def test_freed_memory_serves_the_next_step():
+    ((without, with_it),) = run_world(1, faults_without_and_with)
+    assert without >= 10 * 32  # huge pages, which are all that some kernels hand out: 2 MiB each
+    assert with_it < without / 10
+
+
+def test_an_allocator_without_such_switches_is_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    keep_freed_memory()
 
 
 def resident(key: str) -> int:

@@ -73,8 +73,10 @@ def load_translator(
     """
     from dtrain.distributed import alone
     from dtrain.evaluation import translate_lines
+    from dtrain.memory import keep_freed_memory
     from dtrain.parts import trained_model
 
+    keep_freed_memory()
     world = alone(arguments.device)
     model, config, vocabulary, checkpoint = trained_model(arguments.run, arguments.checkpoint)
     model.to(world.device)
