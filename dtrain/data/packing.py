@@ -1,11 +1,14 @@
 """Fill micro-batches of fixed size with whole sentences, both sides at once."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
-RESERVED_SENTENCES = 8  # room, in average sentences, left for closing the last gap exactly
+RESERVED_SENTENCES = 2  # room, in average sentences, left for closing the last gap exactly
+CORRECTED = 0.4  # share of its length by which a chosen sentence brings the sides nearer to balance
 
 
 def pack(source: Ids, target: Ids, source_slots: int, target_slots: int) -> list[Ids]:
@@ -29,50 +32,51 @@ def pack(source: Ids, target: Ids, source_slots: int, target_slots: int) -> list
     order = np.argsort(-(source * target_slots + target * source_slots), kind="stable")
     source, target = source[order], target[order]
     pool = _Pool(source, target, source_slots, target_slots)
-    source_left, target_left = int(source.sum()), int(target.sum())
-    remaining = np.arange(len(order))
     micro_batches = []
-    while source_left > source_slots or target_left > target_slots:
-        taken = _balanced_ends(source, target, remaining, source_slots, target_slots)
-        pool.take(taken)
-        gap = source_slots - int(source[taken].sum()), target_slots - int(target[taken].sum())
-        taken = np.concatenate([taken, pool.fill(*gap)])
-        source_left -= int(source[taken].sum())
-        target_left -= int(target[taken].sum())
-        remaining = remaining[pool.free[remaining]]
-        micro_batches.append(order[taken])
-    if len(remaining):
-        micro_batches.append(order[remaining])
+    while pool.source_left > source_slots or pool.target_left > target_slots:
+        ends = _balanced_ends(pool, source_slots, target_slots)
+        pool.take(ends)
+        gap = source_slots - int(source[ends].sum()), target_slots - int(target[ends].sum())
+        micro_batches.append(order[np.concatenate([ends, pool.fill(*gap)])])
+    if pool.num_free:
+        micro_batches.append(order[np.flatnonzero(pool.free)])
     return micro_batches
 
 
-def _balanced_ends(
-    source: Ids, target: Ids, remaining: Ids, source_slots: int, target_slots: int
-) -> Ids:
-    """Take from the long end of `remaining`, and from the short end to balance, most of a batch.
+def _balanced_ends(pool: "_Pool", source_slots: int, target_slots: int) -> Ids:
+    """Choose from the long end, and from the short end to balance, most of a micro-batch."""
+    mean_target = pool.target_left / pool.num_free
+    count = 1 + int(2 * target_slots / mean_target)  # as many as fill it, and as many again
+    long, short = pool.longest(count), pool.shortest(count)
+    long_source, long_target = _running_sum(pool.source[long]), _running_sum(pool.target[long])
+    short_source, short_target = _running_sum(pool.source[short]), _running_sum(pool.target[short])
+    source_budget = source_slots - RESERVED_SENTENCES * pool.source_left / pool.num_free
+    target_budget = target_slots - RESERVED_SENTENCES * mean_target
 
-    Sentences are sorted by length; `remaining` are their places in that order.
-    """
-    count = min(len(remaining), target_slots)
-    long, short = remaining[:count], remaining[::-1][:count]
-    long_source, long_target = _running_sum(source[long]), _running_sum(target[long])
-    short_source, short_target = _running_sum(source[short]), _running_sum(target[short])
-    ratio = source_slots / target_slots
-    budget = target_slots - RESERVED_SENTENCES * long_target[-1] / count
-
-    from_long = np.arange(max(2, int(np.searchsorted(long_target, budget, "right"))))
-    from_short = np.searchsorted(short_target, budget - long_target[from_long], "right") - 1
-    from_short = np.clip(from_short, 0, len(remaining) - from_long)
+    most = min(_num_within(long_source, source_budget), _num_within(long_target, target_budget))
+    if most < 1:  # long sentences in few slots
+        return long[:1]
+    from_long = np.arange(most + 1)
+    from_short = np.minimum(
+        _num_within(short_source, source_budget - long_source[from_long]),
+        _num_within(short_target, target_budget - long_target[from_long]),
+    )
+    from_short = np.minimum(from_short, pool.num_free - from_long)
     used_source = long_source[from_long] + short_source[from_short]
     used_target = long_target[from_long] + short_target[from_short]
-    imbalance = np.abs(used_source - used_target * ratio)
-    fits = (used_source <= source_slots) & (used_target <= target_slots)
-    imbalance[~fits | (from_long + from_short == 0)] = np.inf
-    if not np.isfinite(imbalance).any():  # long sentences in few slots
-        return remaining[:1]
+    imbalance = np.abs(used_source - used_target * source_slots / target_slots)
     # Of all balanced splits the one with most from the long end mixes lengths least.
     best = np.flatnonzero(imbalance <= max(2.0, imbalance.min()))[-1]
-    return np.concatenate([long[: from_long[best]], short[: from_short[best]]])
+    left_out = int(
+        imbalance[best] / (CORRECTED * mean_target)
+    )  # for others that balance what ends cannot
+    num_long, num_short = max(0, from_long[best] - left_out), from_short[best]
+    return np.concatenate([long[: num_long or int(num_short == 0)], short[:num_short]])
+
+
+def _num_within(sums: Ids, budget: Any) -> Any:
+    """Count how many sentences a budget holds, or each of some, given their running sums."""
+    return np.searchsorted(sums, budget, "right") - 1
 
 
 def _running_sum(lengths: Ids) -> Ids:
@@ -82,50 +86,74 @@ def _running_sum(lengths: Ids) -> Ids:
 
 
 class _Pool:
-    """The sentences still free, grouped by their pair of lengths for quick search."""
+    """The sentences still free, in order from long to short, and grouped by their two lengths."""
 
     def __init__(self, source: Ids, target: Ids, source_slots: int, target_slots: int) -> None:
+        self.source, self.target = source, target
+        self.free = np.ones(len(source), np.bool_)
+        self.num_free = len(source)
+        self.source_left, self.target_left = int(source.sum()), int(target.sum())
+        self.first_free = self.last_free = 0  # places counted from either end
         pairs, self.group = np.unique(source * (target_slots + 1) + target, return_inverse=True)
         lengths = np.divmod(pairs, target_slots + 1)
-        self.source, self.target = (side.astype(np.float64) for side in lengths)
+        self.group_source, self.group_target = (side.astype(np.float64) for side in lengths)
         self.count = np.bincount(self.group, minlength=len(pairs))
         self.by_group = np.argsort(self.group, kind="stable")
         self.next = np.cumsum(self.count) - self.count
-        self.not_empty = np.arange(len(pairs))
-        self.free = np.ones(len(source), np.bool_)
         self.ratio = source_slots / target_slots
 
-    def take(self, ids: Ids) -> None:
-        self.free[ids] = False
-        np.subtract.at(self.count, self.group[ids], 1)
+    def longest(self, count: int) -> Ids:
+        """Give the places of the longest that are free, the longest first."""
+        self.first_free, places = _first_places(self.free, self.first_free, count)
+        return places
+
+    def shortest(self, count: int) -> Ids:
+        """Give the places of the shortest that are free, the shortest first."""
+        self.last_free, places = _first_places(self.free[::-1], self.last_free, count)
+        return len(self.free) - 1 - places
+
+    def take(self, places: Ids) -> None:
+        """Let some be free no more."""
+        self.free[places] = False
+        self.num_free -= len(places)
+        self.source_left -= int(self.source[places].sum())
+        self.target_left -= int(self.target[places].sum())
+        np.subtract.at(self.count, self.group[places], 1)
 
     def fill(self, source_gap: int, target_gap: int) -> Ids:
         """Take sentences one by one that leave the gap smallest and best balanced."""
-        self.not_empty = self.not_empty[self.count[self.not_empty] > 0]
-        source, target = self.source[self.not_empty], self.target[self.not_empty]
         taken = list[int]()
-        while len(source):
+        groups = np.flatnonzero(self.count)
+        source, target = self.group_source[groups], self.group_target[groups]
+        while True:
+            fits = (source <= source_gap) & (target <= target_gap)
+            groups, source, target = groups[fits], source[fits], target[fits]
+            if not len(groups):
+                break
             source_left, target_left = source_gap - source, target_gap - target
             left = np.minimum(source_left, target_left)
             # A rest of under six slots on either side is one that hardly a sentence can fill.
             score = np.abs(source_left - target_left * self.ratio) + np.where(left < 6, left, 0)
             score += 0.05 * (source_left + target_left)
-            score[left < 0] = np.inf
             best = int(score.argmin())
-            if left[best] < 0:  # nothing fits
-                break
-            source_gap -= int(source[best])
-            target_gap -= int(target[best])
-            group = int(self.not_empty[best])
-            taken.append(self._take_one(group))
-            if not self.count[group]:
-                source[best] = source_gap + 1  # fits nowhere any more
+            source_gap, target_gap = int(source_left[best]), int(target_left[best])
+            taken.append(self._take_one(int(groups[best])))
+            if not self.count[groups[best]]:
+                source[best] = source_gap + 1  # fits no more
         return np.array(taken, np.int64)
 
     def _take_one(self, group: int) -> int:
         while not self.free[self.by_group[self.next[group]]]:
             self.next[group] += 1
-        sentence = int(self.by_group[self.next[group]])
-        self.free[sentence] = False
-        self.count[group] -= 1
-        return sentence
+        place = int(self.by_group[self.next[group]])
+        self.take(np.array([place]))
+        return place
+
+
+def _first_places(free: NDArray[np.bool_], start: int, count: int) -> tuple[int, Ids]:
+    """Find the first free place from `start` on, and the first `count` of them."""
+    start += int(free[start:].argmax())
+    places = np.flatnonzero(free[start : start + 2 * count])
+    if len(places) < count:
+        places = np.flatnonzero(free[start:])
+    return start, start + places[:count]

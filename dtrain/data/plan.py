@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
 from dtrain.batch import NUM_RECTANGLES, Kernel
-from dtrain.data.packing import pack
+from dtrain.data.packing import CORRECTED, RESERVED_SENTENCES, pack
 from dtrain.data.settings import BatchSettings
 
 BLOCK_PAIRS = 256  # consecutive pairs that are read together
@@ -145,6 +145,7 @@ class BatchPlan:
             "seed": self.seed,
             "corpora": self.corpora,
             "window": [BLOCK_PAIRS, WINDOW_BLOCKS],
+            "packing": [RESERVED_SENTENCES, CORRECTED],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
