@@ -78,7 +78,7 @@ class Section:
 
 SECTIONS = {
     "data": Section("Made-up data", make_data, 60),
-    "tests": Section("The tests that need a GPU", gpu_checks.gpu_tests, 150),
+    "tests": Section("The tests for a GPU", gpu_checks.gpu_tests, 190),
     "dropout": Section("Compiled dropout", gpu_checks.compiled_dropout, 40),
     "correctness": Section("Correctness", gpu_checks.correctness, 100),
     "base": Section("Training steps, base", partial(speed, name="base", ways=EAGER), 80),
@@ -148,6 +148,8 @@ def be_section(name: str, task: Task, log: Path, pipe: Connection) -> None:
         os.dup2(file.fileno(), 2)
     if task.is_tiny:  # to compile for the CPU takes a minute and a C++ compiler
         Objective.compile = partialmethod(nn.Module.compile, backend="eager")  # type: ignore[assignment]  # another method
+    # As training is by default; sections that try the other way say so themselves.
+    torch.use_deterministic_algorithms(task.device == "cuda", warn_only=True)
     failed = 0
     try:
         for row in SECTIONS[name].measure(task):

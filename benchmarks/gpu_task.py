@@ -132,6 +132,8 @@ def attempted(what: Row, measure: Callable[[], Row]) -> Row:
         return what | measure()
     except Exception as error:  # whatever a compiler or a driver may raise
         traceback.print_exc()
+        if torch.distributed.is_initialized():  # a training that failed leaves it, for its peers
+            torch.distributed.destroy_process_group()
         lines = str(error).strip().splitlines() or [""]
         return what | {"failed": f"{type(error).__name__}: {lines[0]}"}
 

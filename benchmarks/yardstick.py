@@ -199,5 +199,8 @@ def _processor() -> str:
 def _commit() -> str:
     """Name the commit that is checked out, with a + if files were changed since."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown"
     return done.stdout.strip() or "unknown"

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,18 +11,37 @@ from dtrain.errors import GiveUpError
 from dtrain.learner import Learned, Learner
 from dtrain.metrics import Metrics
 from dtrain.parts import memory_gib
-from dtrain.phases import Phases, measure
+from dtrain.phases import Phases, StepTimes, measure
 from dtrain.progress import Progress
 from dtrain.utilisation import Utilisation
 
 SKIPPED_IN_A_ROW = 10
 
 
+@dataclass(frozen=True)
+class _Noted:
+    """A step that was run, and what was so when it was noted.
+
+    Attributes:
+        learned: of it.
+        waiting_since: when the wait for its data began, as `time.perf_counter` tells it.
+        times: of its phases.
+        tokens: that were learned from so far.
+        is_logged: whether it is written down.
+    """
+
+    learned: Learned
+    waiting_since: float
+    times: StepTimes
+    tokens: int
+    is_logged: bool
+
+
 class Account:
     """How the steps of a training go, on one rank.
 
-    A GPU works behind the program. So a step is settled only when the next one is on its way, and
-    the GPU never waits for the program to hear how a step went.
+    A GPU works behind the program. So a step is settled, and written down, only when the next one
+    is on its way, and the GPU never waits for the program to hear how a step went.
 
     Args:
         learner: what runs the steps.
@@ -48,21 +68,25 @@ class Account:
             learner.precision,
             self._world,
         )
-        self._unsettled: tuple[Learned, float] | None = None  # with the time since which it ran
+        self._unsettled: _Noted | None = None
         self._settled_at = 0.0
 
-    def note(self, learned: Learned, waiting_since: float) -> None:
+    def note(self, learned: Learned, waiting_since: float, is_logged: bool) -> None:
         """Take a step that was run: settle the one before, and this one if the device is through.
+
+        All ranks together, if one of the two is logged.
 
         Args:
             learned: of the step.
             waiting_since: when the wait for its data began, as `time.perf_counter` tells it.
+            is_logged: whether to write it down.
 
         Raises:
             GiveUpError: as `settle`.
         """
         self.settle()
-        self._unsettled = learned, waiting_since
+        tokens = self._progress.tokens
+        self._unsettled = _Noted(learned, waiting_since, self.phases.last, tokens, is_logged)
         if not self._learner.runs_behind:
             self.settle()
 
@@ -76,19 +100,21 @@ class Account:
         """
         if self._unsettled is None:
             return
-        (learned, waiting_since), self._unsettled = self._unsettled, None
-        updated, now = learned.updated, time.perf_counter()
-        seconds, self._settled_at = now - max(waiting_since, self._settled_at), now
+        noted, self._unsettled = self._unsettled, None
+        updated, now = noted.learned.updated, time.perf_counter()
+        seconds, self._settled_at = now - max(noted.waiting_since, self._settled_at), now
         self.phases.note_step(seconds)
         self._progress.note_outcome(updated=updated, seconds=seconds)
         if not updated:
-            self._report_skipped(learned)
+            self._report_skipped(noted.learned)
+        if noted.is_logged:
+            self._write_down(noted)
 
-    def write_down(self, learned: Learned) -> None:
-        """Settle the step noted last, measure it over all ranks and log it; all ranks together."""
-        self.settle()
+    def _write_down(self, noted: _Noted) -> None:
+        """Measure a settled step over all ranks and log it; all ranks together."""
+        learned, phases = noted.learned, noted.times.seconds()
         plan, tokens = learned.plan, learned.plan.num_target_tokens
-        seconds = sum(self.phases.seconds().values())
+        seconds = sum(phases.values())
         # Summed without rounding, so that the order, and with it the number of ranks, is no matter.
         columns = zip(*self._world.sum(learned.sums.clone()).tolist(), strict=True)
         loss, nll = (math.fsum(column) / tokens for column in columns)
@@ -99,7 +125,7 @@ class Account:
             learned.number,
             {
                 "epoch": plan.epoch,
-                "tokens": self._progress.tokens,
+                "tokens": noted.tokens,
                 "train/loss": loss,
                 "train/nll": nll,
                 "train/perplexity": math.exp(min(nll, 100.0)),
@@ -110,7 +136,7 @@ class Account:
                 "train/tokens_per_second": tokens / seconds,
                 "train/step_seconds": seconds,
                 **self.utilisation.measure(*lengths, seconds),
-                **measure(self.phases, self._world),
+                **measure(phases, self.phases, self._world),
                 "train/memory_gib": memory_gib(self._world.device),
             },
         )

@@ -57,6 +57,7 @@ class Layout:
         lengths: tokens of each sentence, int64 [N]; zeros behind to [slots] without rectangles.
         positions: place of each token in its sentence, from 0; int64 [slots] or [N, L].
         max_length: no sentence is longer; L if padded.
+        num_sentences: N.
         kernel: what attends to the sentences.
         rectangles: rows and columns of each; none for the other kernels.
         mask: True where a cell holds a token, bool [N, L] if padded; else all cells of the
@@ -72,6 +73,7 @@ class Layout:
     lengths: Tensor
     positions: Tensor
     max_length: int
+    num_sentences: int
     kernel: Kernel = "padded"
     rectangles: tuple[tuple[int, int], ...] = ()
     mask: Tensor | None = None
@@ -87,7 +89,8 @@ class Layout:
         width = int(lengths.max()) if max_length is None else max_length
         positions = torch.arange(width, device=lengths.device).expand(len(lengths), width)
         mask = padding_mask(lengths, width)
-        return cls(lengths, positions, width, rectangles=((len(lengths), width),), mask=mask)
+        count = len(lengths)
+        return cls(lengths, positions, width, count, rectangles=((count, width),), mask=mask)
 
     @classmethod
     def packed(
@@ -122,6 +125,7 @@ class Layout:
             torch.from_numpy(lengths.astype(np.int64)),
             torch.from_numpy(positions),
             num_slots if max_length is None else max_length,
+            len(lengths),
             kernel,
             token_mask=torch.from_numpy(np.arange(num_slots) < num_tokens),
         )
@@ -226,7 +230,7 @@ class Batch:
         Raises:
             ValueError: if a side does not fit its slots.
         """
-        groups = _of_similar_length(source[1], target[1], num_rectangles)
+        groups = of_similar_length(source[1], target[1], num_rectangles)
         source_layout = Layout.packed(source[1], source_slots, kernel, max_length, groups)
         target_layout = Layout.packed(target[1], target_slots, kernel, max_length, groups)
         source_ids = np.full(source_slots, PAD_ID, np.int64)
@@ -307,7 +311,7 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _of_similar_length(
+def of_similar_length(
     source_lengths: NDArray[np.int64], target_lengths: NDArray[np.int64], count: int
 ) -> list[NDArray[np.int64]]:
     """Group sentences so that few cells stay empty in rectangles of about as many rows each."""

@@ -30,22 +30,22 @@ from dtrain.schedule import learning_rate
 
 
 class Outcome:
-    """A number that the device is still at; nothing waits for it before it is read."""
+    """Numbers that the device is still at; nothing waits for them before they are read."""
 
     def __init__(self, value: Tensor) -> None:
         self._value = value
         self._is_there: torch.cuda.Event | None = None
         if value.is_cuda:
-            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._is_there = torch.cuda.Event()
             self._is_there.record()
 
-    def read(self) -> float:
-        """Wait for what was asked of the device up to this number, and for nothing after it."""
+    def read(self) -> Tensor:
+        """Give them on the CPU; wait for what was asked of the device so far, not for later."""
         if self._is_there is not None:
             self._is_there.synchronize()
-        return self._value.item()
+        return self._value
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,24 @@ class Learned:
     Attributes:
         number: of the step.
         plan: the step as all ranks ran it.
-        sums: loss and nll of each of this rank's micro-batches, at its index in the step, zeros
-            elsewhere; float64 [micro-batches, 2].
-        outcome: the norm of the gradient before it was clipped, once the device has come to it.
+        losses: what `sums` gives, once the device has come to it.
+        gradient: what `norm` gives, likewise.
     """
 
     number: int
     plan: PlannedStep
-    sums: Tensor
-    outcome: "Outcome"
+    losses: Outcome
+    gradient: Outcome
+
+    @property
+    def sums(self) -> Tensor:
+        """Loss and nll of each of this rank's micro-batches, zeros for others: float64 [..., 2]."""
+        return self.losses.read()
 
     @property
     def norm(self) -> float:
         """The gradient's norm, before it was clipped; the same bits on all ranks."""
-        return self.outcome.read()
+        return self.gradient.read().item()
 
     @property
     def updated(self) -> bool:
@@ -98,7 +102,6 @@ class Learner:
         self._held = torch.zeros((), dtype=torch.bool, device=world.device)
         self._recorded_backward: RecordedBackward | None = None
         self._recorded_update: Recording | None = None
-        self._recorded_buffers: list[Tensor] = []
 
     def load(self, path: Path) -> None:
         """Become as a checkpoint was."""
@@ -189,9 +192,9 @@ class Learner:
         at("after_backward", number)
         self.reduction.finish()
         at("before_optimizer", number)
-        outcome = Outcome(self.update(number))
+        gradient = Outcome(self.update(number))
         at("after_optimizer", number)
-        return Learned(number, step.plan, sums[:-1], outcome)
+        return Learned(number, step.plan, Outcome(sums[:-1]), gradient)
 
     def backward(self, batch: Batch, weight: float) -> Tensor:
         """Add a micro-batch's gradients up; gives its sums of loss and nll, float64 [2]."""
@@ -226,9 +229,6 @@ class Learner:
         self._recorded_update = Recording(self._update_and_clear)
         self._held.fill_(False)
         self.scaler.load_state_dict(scale)
-        # A graph holds addresses alone, and a longer sentence replaces the table of positions: if
-        # the old one were freed, replays would read what came to lie there.
-        self._recorded_buffers = list(self.model.buffers())
 
     def _backward(self, batch: Batch, weight: float | Tensor) -> Tensor:
         with autocast(self.world.device, self.precision):

@@ -57,16 +57,13 @@ def smoothed_cross_entropy(
     """
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     states, ids = hidden.flatten(0, -2), target.flatten()
-    loss, nll = _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's own
+    return _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's own
         states, weight, ids, label_smoothing, with_gradient, fused
     )
-    counted = (states * (ids != PAD_ID)[:, None]).sum(0, dtype=loss.dtype)
-    mean_row = weight.mean(0, dtype=loss.dtype)
-    return loss - label_smoothing * (counted * mean_row).sum(), nll
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sums logsumexp(z) - (1 - e) z[y], over slices of tokens.
+    """Sums logsumexp(z) - (1 - e) z[y] over slices of tokens, and -e mean(z) over all at once.
 
     The gradients of a slice are taken while its logits are there.
     """
@@ -104,6 +101,12 @@ class _CrossEntropy(torch.autograd.Function):
                     share = (count[:, None] / _boost(dtype)).to(dtype)
                     gradients[0][part] = difference @ matrix * share
                     gradients[1].add_(difference.T @ (h * share))
+            mean_row = weight.mean(0, dtype=loss.dtype)
+            counted = (hidden * counts[:, None]).sum(0, dtype=loss.dtype)
+            loss -= smoothing * (counted * mean_row).sum()
+            if gradients:
+                gradients[0].sub_(counts[:, None] * (smoothing * mean_row))
+                gradients[1].sub_(smoothing / len(weight) * counted)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(nll)
         return loss, nll

@@ -55,6 +55,8 @@ def take_rate_from_device(optimizer: torch.optim.Optimizer, device: torch.device
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
         group["capturable"] = True
+    # Else torch warns of the steps that come before the recording.
+    _of_this_rank(optimizer)._warned_capturable_if_run_uncaptured = True
 
 
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -62,9 +64,13 @@ def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
     Fused optimizers look at `found_inf`, by which torch's GradScaler tells them the same.
     """
-    share: Any = getattr(optimizer, "optim", optimizer)  # of this rank, if moments are split
-    share.found_inf = skip.float()
+    _of_this_rank(optimizer).found_inf = skip.float()
     optimizer.step()
+
+
+def _of_this_rank(optimizer: torch.optim.Optimizer) -> Any:
+    """Give the optimizer of this rank's share, if moments are split, else itself."""
+    return getattr(optimizer, "optim", optimizer)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

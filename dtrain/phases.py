@@ -1,7 +1,7 @@
 """Phases: where the seconds of a step go on this rank, and which rank the others wait for.
 
 The CPU's clock tells it on a CPU. A GPU works behind the program, so there events in its queue
-tell it; they are read when a step is logged, and no other step waits for them.
+tell it; they are read when a step is logged, with the next one on its way.
 """
 
 import time
@@ -31,18 +31,33 @@ class _Mark(NamedTuple):
     event: torch.cuda.Event | None
 
 
+class StepTimes:
+    """When each phase of a step began, and when the last one ended."""
+
+    def __init__(self, marks: list[_Mark]) -> None:
+        self._marks = marks
+
+    def seconds(self) -> dict[str, float]:
+        """Give the seconds of each phase; on a GPU, wait until it is through with the step."""
+        totals = dict.fromkeys(PHASES, 0.0)
+        for begun, ended in pairwise(self._marks):
+            totals[begun.phase] += _between(begun, ended)
+        return totals
+
+
 class Phases:
     """Stops the time of a rank's steps, phase by phase.
 
     Attributes:
         are_shown: whether a profiler is to see them, as spans named `dtrain: PHASE`.
+        last: of the last step that was finished, as far as the program is concerned.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.are_shown = False
         self._on_gpu = device.type == "cuda"
         self._marks: list[_Mark] = []  # of the step that runs
-        self._last: list[_Mark] = []  # of the last that was finished
+        self.last = StepTimes([])
         self._span: torch.profiler.record_function | None = None
         self._seconds_in_steps, self._logged_at = 0.0, time.perf_counter()
 
@@ -69,18 +84,11 @@ class Phases:
         elif point == "after_optimizer":
             self._mark("")
             self._end_span()
-            self._last, self._marks = self._marks, []
+            self.last, self._marks = StepTimes(self._marks), []
 
     def note_step(self, seconds: float) -> None:
         """Count the seconds of a step that is through; on a GPU, those since the step before."""
         self._seconds_in_steps += seconds
-
-    def seconds(self) -> dict[str, float]:
-        """Give the seconds of each phase of the last step; on a GPU, wait until it is through."""
-        totals = dict.fromkeys(PHASES, 0.0)
-        for begun, ended in pairwise(self._last):
-            totals[begun.phase] += _between(begun, ended)
-        return totals
 
     def share_between_steps(self) -> float:
         """Give the share of the time since the last call that was not spent in steps."""
@@ -116,15 +124,19 @@ class Phases:
         self._marks.append(_Mark(phase, time.perf_counter(), event))
 
 
-def measure(phases: Phases, world: World) -> dict[str, float]:
-    """Give the metrics of the last step, for which all ranks must call this.
+def measure(seconds: dict[str, float], phases: Phases, world: World) -> dict[str, float]:
+    """Give the metrics of a step, for which all ranks must call this.
+
+    Args:
+        seconds: of its phases on this rank.
+        phases: of this rank, which know of the time between steps too.
+        world: of all ranks.
 
     Returns:
         The phases' shares of this rank's step, which add up to 1; the share of time between steps;
         and which of several ranks had its gradients last, with how much longer it took than the
         mean.
     """
-    seconds = phases.seconds()
     whole = sum(seconds.values())
     values = {f"train/{phase}_share": part / whole for phase, part in seconds.items()}
     values["train/between_steps_share"] = phases.share_between_steps()

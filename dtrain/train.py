@@ -172,9 +172,7 @@ class Training:
         learned = self.learner.learn(self.progress.step + 1, step, self.at)
         self.progress.advance(step.plan)
         self.metrics.progress(self.progress.step, {"epoch": step.plan.epoch})
-        self.account.note(learned, waiting_since)
-        if self.is_due(self.config.metrics.every_steps):
-            self.account.write_down(learned)
+        self.account.note(learned, waiting_since, self.is_due(self.config.metrics.every_steps))
 
     def after_step(self) -> bool:
         """Agree with all ranks, validate, save; says whether to leave."""

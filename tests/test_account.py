@@ -57,8 +57,8 @@ def account_of(config: Config) -> tuple[Account, Progress, Heard]:
 
 def learned_of(config: Config, number: int, sums: list[list[float]], norm: float) -> Learned:
     """What a rank would know of a step that went so."""
-    rows, norm_there = torch.tensor(sums, dtype=torch.float64), Outcome(torch.tensor(norm))
-    return Learned(number, planned(config, number), rows, norm_there)
+    rows = Outcome(torch.tensor(sums, dtype=torch.float64))
+    return Learned(number, planned(config, number), rows, Outcome(torch.tensor(norm)))
 
 
 # ------------------------------------------------------------------ seconds and numbers
@@ -72,7 +72,7 @@ def test_no_second_is_counted_twice_nor_one_between_steps(toy, monkeypatch, behi
     monkeypatch.setattr(Learner, "runs_behind", behind)
     found = []
     for number, since, clock.now in ((1, 0.0, 1.0), (2, 2.0, 3.5)):
-        account.note(learned_of(config, number, [[0.0, 0.0]] * 4, 1.0), since)
+        account.note(learned_of(config, number, [[0.0, 0.0]] * 4, 1.0), since, False)
         found.append(progress.train_seconds)
     clock.now = 5.0
     account.settle()
@@ -92,8 +92,9 @@ def test_a_line_has_means_over_the_steps_tokens(toy, monkeypatch, behind):
         account.phases.at(point)
     sums = [[2.0**60, 10.0], [96.0, 20.0], [-(2.0**60), 30.0], [32.0, 4.0]]
     learned = learned_of(config, 3, sums, math.inf)
-    account.note(learned, 0.0)
-    account.write_down(learned)
+    account.note(learned, 0.0, True)
+    assert bool(heard.lines) != behind  # nothing waits for a device to write a line
+    account.settle()
     line, store = heard.lines[3], opened(config).train
     sides = [store.gather(ids) for ids in learned.plan.micro_batches]
     sources, targets = (sum(len(side[i][0]) for side in sides) for i in (0, 1))

@@ -87,7 +87,8 @@ def test_without_a_rectangle_a_pack_says_where_each_sentence_lies(rows):
 @pytest.mark.parametrize("kernel", ["varlen", "packed"])
 def test_without_a_rectangle_shapes_are_those_of_the_slots_alone(kernel):
     def shapes(lengths: list[int]) -> dict[str, object]:
-        values = vars(Layout.packed(np.array(lengths), 9, kernel))
+        values = dict(vars(Layout.packed(np.array(lengths), 9, kernel)))
+        assert values.pop("num_sentences") == len(lengths)
         return {name: getattr(value, "shape", value) for name, value in values.items()}
 
     assert shapes([9]) == shapes([1] * 9) == shapes([2, 3]) == shapes([0])

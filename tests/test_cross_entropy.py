@@ -8,7 +8,8 @@ from dtrain import loss as loss_module
 from dtrain.batch import PAD_ID
 from dtrain.loss import smoothed_cross_entropy
 
-pytestmark = pytest.mark.slow  # Triton's interpreter takes its time
+# Triton's interpreter takes its time.
+pytestmark = [pytest.mark.slow, pytest.mark.any_device]
 
 kernel = pytest.importorskip("dtrain.kernels.cross_entropy", exc_type=ImportError)
 

@@ -13,7 +13,8 @@ from dtrain.kernels import attention, attention_choice
 from dtrain.kernels.attention import attend, attend_to_self
 from dtrain.model.attention import MultiHeadAttention
 
-pytestmark = pytest.mark.slow  # Triton's interpreter takes its time
+# Triton's interpreter takes its time.
+pytestmark = [pytest.mark.slow, pytest.mark.any_device]
 
 pytest.importorskip("triton")
 

@@ -41,5 +41,16 @@ def test_no_sentence_is_too_long():
     torch.testing.assert_close(y[0], sinusoids(33, 8).float())
 
 
+def test_a_longer_sentence_that_is_only_read_leaves_the_table_in_its_place():
+    """Compiled steps would be compiled anew, and recorded ones would read freed memory."""
+    encoding = PositionalEncoding(8, length=4)
+    table = encoding.table
+    for length in (9, 7, 33):
+        y = encoding.eval()(torch.zeros(1, length, 8), Layout.padded(torch.tensor([length])))
+        torch.testing.assert_close(y[0], sinusoids(length, 8).float())
+        encoding.train()(torch.zeros(1, 4, 8), Layout.padded(torch.tensor([4])))
+        assert encoding.table is table
+
+
 def test_the_table_is_not_saved():
     assert PositionalEncoding(8).state_dict() == {}

@@ -1,7 +1,6 @@
 """Recorded work. What only a GPU can show is marked so; the rest runs with a stand-in that replays
 by doing the work again in the same memory."""
 
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -84,19 +83,6 @@ def test_recorded_steps_are_the_same_steps(toy, precision):
 
 
 @pytest.mark.usefixtures("done_again")
-def test_tables_that_were_recorded_stay_when_a_longer_sentence_replaces_them(toy):
-    """A graph holds addresses: whatever came to lie there would be read as positions."""
-    config = toy(precision="fp32")
-    vocabulary = PreparedData.open(prepared_directory(config.data, config.vocabulary)).vocabulary
-    learner = Learner(config, vocabulary, alone("cpu"))
-    learner.record(Batch.empty(8, 8))
-    encoding = learner.model.encoder.positions
-    recorded = weakref.ref(encoding.table)
-    assert encoding.up_to(9999) is not recorded()
-    assert recorded() is not None
-
-
-@pytest.mark.usefixtures("done_again")
 def test_a_batch_of_another_shape_is_refused():
     recorded = RecordedBackward(lambda batch, _: batch.source.sum(), Batch.empty(8, 8))
     recorded(Batch.empty(8, 8), 1.0)
@@ -129,15 +115,25 @@ def test_dropout_follows_the_seed_in_every_replay():
     assert torch.equal(second, torch.nn.functional.dropout(ones, 0.5))
 
 
+FUSED = {"attention": "packed", "loss": "fused", "residual": "fused"}
+WAYS = {"plain": {}, "fused": FUSED, "recorded": FUSED | {"cuda_graph": True}}
+
+
 @pytest.mark.gpu
-def test_no_step_waits_for_the_gpu(toy):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_no_step_waits_for_the_gpu(toy, way):
     """Torch itself reports every call that makes the program wait."""
-    config = toy(precision="bf16", run__device="cuda")
+    kernels = {f"kernels__{name}": value for name, value in WAYS[way].items()}
+    config = toy(precision="bf16", run__device="cuda", **kernels)
     data = PreparedData.open(prepared_directory(config.data, config.vocabulary))
     learner, plan = Learner(config, data.vocabulary, alone("cuda")), build_plan(config, data)
     with Loader(DistributedTokenSampler(plan, 1, 0), data.train, Cursor(), True) as loader:
         steps = iter(loader)
-        learner.learn(1, next(steps), lambda *_: None)
+        first = next(steps)
+        if config.kernels.cuda_graph is True:
+            learner.record(first.micro_batches[0][1].to(learner.world.device))
+        learner.learn(1, first, lambda *_: None)
         torch.cuda.set_sync_debug_mode("error")
         try:
             learned = learner.learn(2, next(steps), lambda *_: None)

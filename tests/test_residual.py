@@ -8,7 +8,8 @@ from torch import nn
 
 from dtrain.kernels.residual import add_and_norm
 
-pytestmark = pytest.mark.slow  # Triton's interpreter takes its time
+# Triton's interpreter takes its time.
+pytestmark = [pytest.mark.slow, pytest.mark.any_device]
 
 fused_residual = pytest.importorskip("dtrain.kernels.fused_residual", exc_type=ImportError)
 

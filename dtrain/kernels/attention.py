@@ -111,17 +111,25 @@ def _varlen(
     causal: bool,
     dropout: float,
 ) -> Tensor:
-    """Call torch's kernel with numbers that are the same for every batch."""
+    """Call torch's kernel; where it is compiled or recorded, with numbers that never change.
+
+    Then it takes slots that begin no sentence for empty ones, and in a deterministic run it clears
+    some memory for each.
+    """
     from torch.nn.attention.varlen import varlen_attn  # takes seconds to import
 
     if dropout:
         raise ValueError("the varlen kernel cannot drop attention weights")
     assert query_layout.boundaries is not None, "the layout is of another kernel"
     assert key_layout.boundaries is not None, "the layout is of another kernel"
-    # The sides have as many sentences as each other, and then any number of empty ones.
-    count = min(len(query_layout.boundaries), len(key_layout.boundaries))
+    is_recorded = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or is_recorded:
+        # The sides have as many sentences as each other, and then any number of empty ones.
+        count = min(len(query_layout.boundaries), len(key_layout.boundaries)) - 1
+    else:
+        count = query_layout.num_sentences
     out = varlen_attn(
-        *(q, k, v, query_layout.boundaries[:count], key_layout.boundaries[:count]),
+        *(q, k, v, query_layout.boundaries[: count + 1], key_layout.boundaries[: count + 1]),
         *(query_layout.max_length, key_layout.max_length),
         window_size=(-1, 0) if causal else (-1, -1),
     )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 # Fixed: choosing them by trial would cost time at each start, and bits would depend on the outcome.
 _TILE = 2048  # elements that a program holds at once
-_ROWS_A_PROGRAM = 64  # whose share of the gradients of weight and bias it adds up
+_FEWEST_ROWS, _MOST_ROWS = 8, 64  # whose gradients of weight and bias a program adds up
+_PROGRAMS = 1024  # that backward is shared out to, if each has rows enough: they fill any GPU
 _WIDEST = 16384  # elements of a row, which a program holds whole
 _LEVELS = 2**16  # values of the 16 random bits that decide over an element
 
@@ -63,9 +64,10 @@ def _dropout_add_backward(grad: Tensor, seed: Tensor, p: float, dtype: torch.dty
     """Give y's gradient; that of x is `grad` itself."""
     y_grad = grad.new_empty(grad.shape, dtype=dtype)
     sizes, constants = _sizes(grad, p, has_norm=False)
-    _backward_kernel[(triton.cdiv(sizes[0], _ROWS_A_PROGRAM),)](
+    rows = _rows_a_program(sizes[0], constants["row_block"])
+    _backward_kernel[(triton.cdiv(sizes[0], rows),)](
         *(grad.contiguous(), None, None, seed, None, None, None, None, y_grad, None, None),
-        *(*sizes, _ROWS_A_PROGRAM),
+        *(*sizes, rows),
         **constants,
     )
     return y_grad
@@ -130,12 +132,13 @@ def _dropout_add_norm_backward(
     """Give the gradients of x, y, weight and bias."""
     sizes, constants = _sizes(x, p, has_norm=True)
     x_grad, y_grad = x.new_empty(x.shape), y.new_empty(y.shape)
-    programs = triton.cdiv(sizes[0], _ROWS_A_PROGRAM)
+    rows = _rows_a_program(sizes[0], constants["row_block"])
+    programs = triton.cdiv(sizes[0], rows)
     sums = weight.new_empty(2, programs, sizes[1], dtype=torch.float32)
     _backward_kernel[(programs,)](
         *(grad.contiguous(), x.contiguous(), y.contiguous(), seed, weight, mean, inverse),
         *(x_grad, y_grad, sums[0], sums[1]),
-        *(*sizes, _ROWS_A_PROGRAM),
+        *(*sizes, rows),
         **constants,
     )
     weight_grad, bias_grad = (part.sum(0).to(weight.dtype) for part in sums)
@@ -185,10 +188,16 @@ def _sizes(
     num_kept = max(1, round(_LEVELS * (1 - p)))
     column_block = max(16, triton.next_power_of_2(width))
     row_block = max(1, _TILE // column_block)
-    constants = {"row_block": min(row_block, _ROWS_A_PROGRAM), "column_block": column_block}
+    constants = {"row_block": min(row_block, _MOST_ROWS), "column_block": column_block}
     constants |= {"has_norm": has_norm, "drops": num_kept < _LEVELS}
     constants |= {"num_warps": max(4, column_block // 512)}
     return (x.numel() // width, width, num_kept, _LEVELS / num_kept), constants
+
+
+def _rows_a_program(num_rows: int, row_block: int) -> int:
+    """Share rows out for backward: by their number alone, since bits depend on it."""
+    wanted = triton.next_power_of_2(triton.cdiv(num_rows, _PROGRAMS))
+    return min(_MOST_ROWS, max(_FEWEST_ROWS, row_block, wanted))
 
 
 @triton.jit

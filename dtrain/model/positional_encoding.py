@@ -24,16 +24,20 @@ def sinusoids(length: int, hidden_dim: int) -> Tensor:
 class PositionalEncoding(nn.Module):
     """Adds its position's sinusoids to each token, wherever the layout puts the token.
 
-    The table grows when a longer sentence comes: it is computed, not learned, and not saved.
+    The table is computed, not learned, and not saved. It grows when a longer sentence comes to be
+    learned from. One that is only read gets a table of its own, since compiled and recorded steps
+    know the first by its address.
     """
 
     table: Tensor
+    longer: Tensor
 
     def __init__(self, hidden_dim: int, length: int = 256) -> None:
         super().__init__()
         self.hidden_dim = hidden_dim
         table = sinusoids(length, hidden_dim).to(torch.get_default_dtype())
         self.register_buffer("table", table, persistent=False)
+        self.register_buffer("longer", table[:0], persistent=False)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Add to tokens [slots, hidden] or [N, S, hidden] their sentences' positions."""
@@ -41,8 +45,16 @@ class PositionalEncoding(nn.Module):
 
     def up_to(self, length: int) -> Tensor:
         """Give the encodings of at least the positions 0 to length - 1: [positions, hidden]."""
-        if length > len(self.table):
-            with torch.inference_mode(False):  # grown in evaluation, the table serves training too
-                longer = sinusoids(max(length, 2 * len(self.table)), self.hidden_dim)
-                self.table = longer.to(self.table)
-        return self.table
+        if length <= len(self.table):
+            return self.table
+        if self.training:
+            self.table = self._grown(length)
+            return self.table
+        if length > len(self.longer):
+            self.longer = self._grown(length)
+        return self.longer
+
+    def _grown(self, length: int) -> Tensor:
+        with torch.inference_mode(False):  # grown in evaluation, it may serve training too
+            table = sinusoids(max(length, 2 * len(self.table)), self.hidden_dim)
+            return table.to(self.table)
