@@ -68,6 +68,7 @@ def train(text: Path, run: Path, threads: int) -> None:
     config["optimizer"] = {"learning_rate": 0.0015}
     config["schedule"] = {"name": "inverse_sqrt", "warmup_steps": 100}
     config["checkpoint"] = {"every_steps": 100}
+    run.parent.mkdir(parents=True, exist_ok=True)
     settings = run.parent / f"{run.name}.yaml"
     settings.write_text(Config.model_validate(config).to_yaml(), encoding="utf-8")
     command = [sys.executable, "-m", "dtrain.train", "--config", str(settings)]

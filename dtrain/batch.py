@@ -5,7 +5,7 @@ padding between them (training), and *padded*, the classic (N, S) rectangle (rea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -68,6 +68,7 @@ class Layout:
         sentence_of_slot: int32 [slots], N for slack; None with rectangles.
         boundaries: where sentence i begins and i - 1 ends, int32 [slots + 2]; behind N it stays at
             the end of the last sentence: sentences without a token, slack's for one. None likewise.
+        memo: what a kernel has worked out of it, and needs again in the next layer.
     """
 
     lengths: Tensor
@@ -82,6 +83,7 @@ class Layout:
     token_mask: Tensor | None = None
     sentence_of_slot: Tensor | None = None
     boundaries: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def padded(cls, lengths: Tensor, max_length: int | None = None) -> "Layout":
@@ -173,7 +175,9 @@ class Layout:
 
     def map(self, change: "TensorChange") -> "Layout":
         """Apply `change` to every tensor (a move to a device, say)."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "memo": {}
+        }
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         return Layout(**values | {name: change(tensor) for name, tensor in tensors.items()})
 

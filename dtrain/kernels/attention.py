@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtrain.batch import Layout, future_mask
-from dtrain.kernels.cells import gather_cells, gather_slots, rectangles, to_cells, to_slots
+from dtrain.kernels.cells import rectangles, to_cells, to_slots
 from dtrain.kernels.short_attention import can_attend, short_attention
 
 
@@ -46,9 +46,7 @@ def attend(
         return _varlen(_silenced(q, query_layout), k, v, query_layout, key_layout, False, dropout)
     masks = key_masks(key_layout)
     if can_attend(q, (query_layout, key_layout), dropout):
-        sides = gather_cells(q, query_layout), gather_cells(kv, key_layout)
-        cells = short_attention(*sides, query_layout, key_layout, masks)
-        return gather_slots(cells, query_layout)
+        return short_attention(q, kv, query_layout, key_layout, masks)
     parts = to_cells(q, query_layout), to_cells(kv, key_layout), masks
     heads: list[Tensor] = []  # dynamo cannot trace list[Tensor]()
     for queries, cells, mask in zip(*parts, strict=True):
@@ -79,8 +77,7 @@ def attend_to_self(
     if can_attend(qkv, (layout,), dropout):
         widths = (columns for _, columns in layout.rectangles)
         masks = [future_mask(width) for width in widths] if causal else key_masks(layout)
-        cells = short_attention(gather_cells(qkv, layout), None, layout, layout, masks)
-        return gather_slots(cells, layout)
+        return short_attention(qkv, None, layout, layout, masks)
     heads: list[Tensor] = []  # dynamo cannot trace list[Tensor]()
     for cells, mask in zip(to_cells(qkv, layout), key_masks(layout), strict=True):
         q, k, v = cells.unbind(2)
