@@ -146,7 +146,11 @@ class _Pool:
         while not self.free[self.by_group[self.next[group]]]:
             self.next[group] += 1
         place = int(self.by_group[self.next[group]])
-        self.take(np.array([place]))
+        self.free[place] = False  # without `take`, which is slow for one
+        self.num_free -= 1
+        self.source_left -= int(self.source[place])
+        self.target_left -= int(self.target[place])
+        self.count[group] -= 1
         return place
 
 
