@@ -29,7 +29,7 @@ from dtrain.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SENTENCES_HELD = 2**16  # read before the memory of their pages is given back
+SENTENCES_HELD = 2**14  # read before the memory of their pages is given back
 
 Number = TypeVar("Number", bound=np.integer)
 Side = Literal["source", "target"]
