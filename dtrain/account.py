@@ -41,7 +41,8 @@ class Account:
     """How the steps of a training go, on one rank.
 
     A GPU works behind the program. So a step is settled, and written down, only when the next one
-    is on its way, and the GPU never waits for the program to hear how a step went.
+    is on its way, and the GPU never waits for the program to hear how a step went. What ends a
+    training by an error takes the line of its last step along.
 
     Args:
         learner: what runs the steps.

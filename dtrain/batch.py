@@ -83,7 +83,7 @@ class Layout:
     token_mask: Tensor | None = None
     sentence_of_slot: Tensor | None = None
     boundaries: Tensor | None = None
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
     def padded(cls, lengths: Tensor, max_length: int | None = None) -> "Layout":
@@ -175,9 +175,7 @@ class Layout:
 
     def map(self, change: "TensorChange") -> "Layout":
         """Apply `change` to every tensor (a move to a device, say)."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)} | {
-            "memo": {}
-        }
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         return Layout(**values | {name: change(tensor) for name, tensor in tensors.items()})
 

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.errors import UserError
 from dtrain.waiting import beating, wait_for_main
 
-# What PyTorch 2.13 calls forward_sync_buffers was broadcast_buffers before. The only buffer is the
-# table of positions, the same everywhere.
+# What PyTorch 2.13 calls forward_sync_buffers was broadcast_buffers before. Buffers are tables of
+# positions, computed by each rank; what a rank reads in validation may even make one longer.
 _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     _SYNC_BUFFERS = "broadcast_buffers"

@@ -42,7 +42,7 @@ class Outcome:
             self._is_there.record()
 
     def read(self) -> Tensor:
-        """Give them on the CPU; wait for what was asked of the device so far, not for later."""
+        """Give them on the CPU; wait for what the device was asked before them, not after."""
         if self._is_there is not None:
             self._is_there.synchronize()
         return self._value

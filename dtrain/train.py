@@ -156,6 +156,7 @@ class Training:
 
     def rehearse(self) -> None:
         """Make sure that memory suffices, and that every start is alike, before the first step."""
+        keep_freed_memory()  # as the steps will
         start, sizes = self.progress.cursor, possible_sizes(self.config, self.world.size)
         rehearse(self.learner.try_out, self.plan, self.data.train, start, self.world, sizes)
         empty = collate(self.plan, self.data.train, np.empty(0, np.int64))
@@ -165,7 +166,6 @@ class Training:
             advice = "set batch.tokens_per_micro_batch lower or leave kernels.cuda_graph out"
             with enough_memory("a step recorded as CUDA graphs", self.world, advice):
                 self.learner.record(empty.to(self.world.device))
-        keep_freed_memory()
 
     def train_step(self, step: LoadedStep, waiting_since: float) -> None:
         """Learn from a step, count it, measure it."""

@@ -109,6 +109,23 @@ def test_a_line_has_means_over_the_steps_tokens(toy, monkeypatch, behind):
     assert line["train/learning_rate"] == pytest.approx(32**-0.5 * 3 * 20**-1.5)
 
 
+def test_a_line_that_comes_a_step_later_is_of_its_own_step(toy, monkeypatch):
+    config = toy(precision="fp32")
+    account, progress, heard = account_of(config)
+    monkeypatch.setattr(Learner, "runs_behind", True)
+    for number in (1, 2):
+        learned = learned_of(config, number, [[1.0, 1.0]] * 4, number / 2)
+        for point in ("before_backward", "after_backward", "before_optimizer", "after_optimizer"):
+            account.phases.at(point)
+        progress.advance(learned.plan)
+        account.note(learned, 0.0, number == 1)
+    (line,) = heard.lines.values()
+    tokens = planned(config, 1).num_target_tokens
+    assert heard.lines.keys() == {1}
+    assert (line["tokens"], line["train/grad_norm"]) == (tokens, 0.5)
+    assert line["train/loss"] == 4 / tokens
+
+
 @pytest.mark.slow
 def test_a_device_that_runs_behind_is_told_of_in_the_same_words(toy):
     """Each step is settled when the next is on its way, but nothing is lost or put elsewhere."""

@@ -222,7 +222,7 @@ def test_a_training_is_the_same_as_in_rectangles(toy, monkeypatch):
         lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses[kernel] = [json.loads(line)["train/loss"] for line in lines]
         # From now on there are no rectangles, and there is one product for the memory.
-        for module, name in ((attention, "gather_cells"), (attention, "to_cells")):
+        for module, name in ((attention, "short_attention"), (attention, "to_cells")):
             monkeypatch.setattr(module, name, None)
         monkeypatch.setattr(MultiHeadAttention, "project_memory", None)
     assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-6)

@@ -350,7 +350,7 @@ def packed(monkeypatch):
         sizes.append(len(source))
         return pack(source, *rest)
 
-    monkeypatch.setattr(plan_module, "pack", pack_and_note)
+    monkeypatch.setattr(plan_module.packing, "pack", pack_and_note)
     return sizes
 
 

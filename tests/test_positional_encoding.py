@@ -50,6 +50,7 @@ def test_a_longer_sentence_that_is_only_read_leaves_the_table_in_its_place():
         torch.testing.assert_close(y[0], sinusoids(length, 8).float())
         encoding.train()(torch.zeros(1, 4, 8), Layout.padded(torch.tensor([4])))
         assert encoding.table is table
+    assert encoding.eval().up_to(34) is encoding.up_to(35)  # a token more costs no new table
 
 
 def test_the_table_is_not_saved():

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 
 RESERVED_SENTENCES = 2  # room, in average sentences, left for closing the last gap exactly
-CORRECTED = 0.4  # share of its length by which a chosen sentence brings the sides nearer to balance
+CORRECTED = 0.4  # of its length: by so much a sentence that `fill` chooses evens out the two sides
+VERSION = 2  # of the way to pack: another one makes another plan of the same data
 
 
 def pack(source: Ids, target: Ids, source_slots: int, target_slots: int) -> list[Ids]:
@@ -65,11 +66,11 @@ def _balanced_ends(pool: "_Pool", source_slots: int, target_slots: int) -> Ids:
     used_source = long_source[from_long] + short_source[from_short]
     used_target = long_target[from_long] + short_target[from_short]
     imbalance = np.abs(used_source - used_target * source_slots / target_slots)
+    imbalance[from_long + from_short == 0] = np.inf
     # Of all balanced splits the one with most from the long end mixes lengths least.
     best = np.flatnonzero(imbalance <= max(2.0, imbalance.min()))[-1]
-    left_out = int(
-        imbalance[best] / (CORRECTED * mean_target)
-    )  # for others that balance what ends cannot
+    # What the ends cannot balance `fill` can, if some long ones are left out for it.
+    left_out = int(imbalance[best] / (CORRECTED * mean_target))
     num_long, num_short = max(0, from_long[best] - left_out), from_short[best]
     return np.concatenate([long[: num_long or int(num_short == 0)], short[:num_short]])
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
 from dtrain.batch import NUM_RECTANGLES, Kernel
-from dtrain.data.packing import CORRECTED, RESERVED_SENTENCES, pack
+from dtrain.data import packing
 from dtrain.data.settings import BatchSettings
 
 BLOCK_PAIRS = 256  # consecutive pairs that are read together
@@ -145,7 +145,7 @@ class BatchPlan:
             "seed": self.seed,
             "corpora": self.corpora,
             "window": [BLOCK_PAIRS, WINDOW_BLOCKS],
-            "packing": [RESERVED_SENTENCES, CORRECTED],
+            "packing": packing.VERSION,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -212,7 +212,7 @@ class BatchPlan:
         first, last = (i * len(order) // self.num_windows for i in (index, index + 1))
         ids = np.concatenate([np.arange(*self._blocks[block]) for block in order[first:last]])
         ids = ids[keyed_order(len(ids), self.seed, epoch, 1, index)]
-        bins = pack(
+        bins = packing.pack(
             self.lengths.source_lengths(ids),
             self.lengths.target_lengths(ids),
             self.source_slots,

@@ -110,8 +110,8 @@ def _varlen(
 ) -> Tensor:
     """Call torch's kernel; where it is compiled or recorded, with numbers that never change.
 
-    Then it takes slots that begin no sentence for empty ones, and in a deterministic run it clears
-    some memory for each.
+    There the kernel is told of as many sentences as there are slots, most of them empty; a
+    deterministic run clears memory for each of these.
     """
     from torch.nn.attention.varlen import varlen_attn  # takes seconds to import
 
@@ -119,8 +119,8 @@ def _varlen(
         raise ValueError("the varlen kernel cannot drop attention weights")
     assert query_layout.boundaries is not None, "the layout is of another kernel"
     assert key_layout.boundaries is not None, "the layout is of another kernel"
-    is_recorded = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or is_recorded:
+    # The compiler must not come to the second question: it would break its graph there.
+    if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         # The sides have as many sentences as each other, and then any number of empty ones.
         count = min(len(query_layout.boundaries), len(key_layout.boundaries)) - 1
     else:

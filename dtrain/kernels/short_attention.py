@@ -86,7 +86,7 @@ def _to_rectangles(x: Tensor, layout: Layout) -> Tensor:
 
 
 def _to_slots(heads: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
-    """Undo _to_rectangles; slack has some token's vectors."""
+    """Undo _to_rectangles; slack has the vector of some token."""
     num_parts = 1 if len(shape) == 3 else shape[1]
     rows = _rows(layout, num_parts, shape[-2])
     return heads.index_select(0, rows.in_rectangles).view(shape)
@@ -180,5 +180,5 @@ Args:
         rectangle.
 
 Returns:
-    [slots, heads, qkv]; some token's in slack.
+    [slots, heads, qkv]; unspecified, but finite, in slack.
 """

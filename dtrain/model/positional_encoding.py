@@ -55,6 +55,6 @@ class PositionalEncoding(nn.Module):
         return self.longer
 
     def _grown(self, length: int) -> Tensor:
-        with torch.inference_mode(False):  # grown in evaluation, it may serve training too
-            table = sinusoids(max(length, 2 * len(self.table)), self.hidden_dim)
-            return table.to(self.table)
+        most = max(len(self.table), len(self.longer))
+        with torch.inference_mode(False):  # it may be moved to another device later
+            return sinusoids(max(length, 2 * most), self.hidden_dim).to(self.table)
