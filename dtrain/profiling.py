@@ -85,6 +85,7 @@ class Profile:
             on_trace_ready=self._write,
             record_shapes=True,
             profile_memory=True,
+            acc_events=True,  # there is one cycle; else older versions warn of several
         )
         self._profiler.start()
         self._phases.are_shown = True
