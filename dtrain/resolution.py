@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from dtrain.auto_size import with_size
 from dtrain.config import Config
 from dtrain.data.preparation import num_cores
@@ -13,8 +11,6 @@ from dtrain.kernel_choice import choose_kernels
 from dtrain.parts import choose_precision
 from dtrain.rehearsal import possible_sizes
 from dtrain.run_directory import RunDirectory
-
-COMPILES_FROM = "2.13"  # 2.11 compiles the loss without its gradient
 
 
 def resolve(config: Config, run: RunDirectory, world: World) -> tuple[Config, list[str]]:
@@ -77,11 +73,6 @@ def check_world(config: Config, world: World, notices: Sequence[str] = ()) -> No
         raise UserError(
             f"distributed.reduction tree needs 1, 2, 4, 8, ... ranks, not {world.size}; start "
             f"{nearest}, or use --distributed.reduction=ddp"
-        )
-    if config.kernels.compile is True and torch.__version__ < COMPILES_FROM:
-        raise UserError(
-            f"kernels.compile true needs torch {COMPILES_FROM} or newer, and this is "
-            f"{torch.__version__}; older ones compile the loss without its gradient. Leave it out"
         )
     check_cuda_graph(config, world, notices)
 

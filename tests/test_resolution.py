@@ -118,14 +118,3 @@ def test_a_graph_without_batches_of_one_shape_is_refused_with_the_reason(toy, mo
         "kernels.cuda_graph true needs batches of one shape: kernels.attention packed or varlen "
         "(the attention kernel packed is not used: it hurts); or leave it out"
     )
-
-
-@pytest.mark.parametrize(("version", "is_fine"), [("2.12.1+cu130", False), ("2.13.0+cpu", True)])
-def test_a_torch_that_compiles_wrongly_is_refused(toy, monkeypatch, version, is_fine):
-    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
-    config = toy(kernels__compile="true")
-    if is_fine:
-        make_ready(config)
-        return
-    with pytest.raises(UserError, match=r"kernels.compile true needs torch 2.13 or newer, and"):
-        make_ready(config)
