@@ -95,15 +95,15 @@ class _CrossEntropy(torch.autograd.Function):
                 h, count = states[part], counts[part]
                 z = torch.mm(h, matrix.T, out=logits[: len(h)])
                 losses, nlls, difference = compare(z, target[part], smoothing, with_gradient)
-                loss += (losses * count).sum()
-                nll += (nlls * count).sum()
+                # Not in place: torch 2.11 compiles that to a loss without a gradient.
+                loss, nll = loss + (losses * count).sum(), nll + (nlls * count).sum()
                 if gradients:
                     share = (count[:, None] / _boost(dtype)).to(dtype)
                     gradients[0][part] = difference @ matrix * share
                     gradients[1].add_(difference.T @ (h * share))
             mean_row = weight.mean(0, dtype=loss.dtype)
             counted = (hidden * counts[:, None]).sum(0, dtype=loss.dtype)
-            loss -= smoothing * (counted * mean_row).sum()
+            loss = loss - smoothing * (counted * mean_row).sum()
             if gradients:
                 gradients[0].sub_(counts[:, None] * (smoothing * mean_row))
                 gradients[1].sub_(smoothing / len(weight) * counted)
